@@ -1,0 +1,1 @@
+"""One readable file per model, cluster, link and study; each offers `get_config()`."""

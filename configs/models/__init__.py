@@ -1,0 +1,1 @@
+"""Model shapes; `get_config()` returns the fields of `prfaas_jax.models.config.ModelConfig`."""

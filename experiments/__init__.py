@@ -1,0 +1,1 @@
+"""Experiment entry points: flags in, one library call, results out."""

@@ -1,0 +1,74 @@
+"""A segment: one canonical, unsharded-layout slice of a request's cache, the unit that engines export and ingest.
+
+Layout of a segment's bytes: C-contiguous `[layers, tokens, heads, width]` of one tensor of one group, little endian.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheSpec, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class SegmentKey:
+    """Where a segment lies in the request's cache. Ranges are half open.
+
+    Attributes:
+        group: index into `CacheSpec.groups`.
+        tensor: index into the group's tensors.
+        layers: range within the group's layers.
+        tokens: range of absolute token positions; for a state group `(n, n + 1)`, the state at length n + 1.
+        heads: range of heads: the exporting device's shard slice.
+    """
+
+    group: int
+    tensor: int
+    layers: tuple[int, int]
+    tokens: tuple[int, int]
+    heads: tuple[int, int]
+
+    def tensor_spec(self, spec: CacheSpec) -> TensorSpec:
+        """The tensor that this key addresses; raises InvalidInput when group or tensor do not exist."""
+        if not 0 <= self.group < len(spec.groups):
+            raise InvalidInput("segment.group", self.group, f"0..{len(spec.groups) - 1}")
+        tensors = spec.groups[self.group].cache.tensors
+        if not 0 <= self.tensor < len(tensors):
+            raise InvalidInput("segment.tensor", self.tensor, f"0..{len(tensors) - 1}")
+        return tensors[self.tensor]
+
+    def shape(self, spec: CacheSpec) -> tuple[int, int, int, int]:
+        """`[layers, tokens, heads, width]` of the payload."""
+        sizes = [b - a for a, b in (self.layers, self.tokens, self.heads)]
+        return (sizes[0], sizes[1], sizes[2], self.tensor_spec(spec).width)
+
+    def nbytes(self, spec: CacheSpec) -> int:
+        """Payload bytes before any codec."""
+        layers, tokens, heads, width = self.shape(spec)
+        return layers * tokens * heads * width * DTYPE_BYTES[self.tensor_spec(spec).dtype]
+
+    def check(self, spec: CacheSpec, length: int) -> None:
+        """Raises InvalidInput unless every range is non-empty and inside the cache of a `length`-token request."""
+        tensor = self.tensor_spec(spec)
+        bounds = {"layers": len(spec.groups[self.group].layers), "tokens": length, "heads": tensor.heads}
+        for field, limit in bounds.items():
+            start, stop = getattr(self, field)
+            if not 0 <= start < stop <= limit:
+                raise InvalidInput(f"segment.{field}", (start, stop), f"a non-empty range inside [0, {limit})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A key and its payload; the view keeps the exporting buffer alive."""
+
+    key: SegmentKey
+    payload: memoryview
+
+
+def token_blocks(tokens: tuple[int, int], block: int) -> Iterator[tuple[int, int]]:
+    """Cuts a token range at absolute multiples of `block`."""
+    start, stop = tokens
+    while start < stop:
+        end = min(stop, (start // block + 1) * block)
+        yield start, end
+        start = end

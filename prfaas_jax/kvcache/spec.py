@@ -1,0 +1,112 @@
+"""The byte-exact description of a request's cache: S_kv(l) of the paper, and the layout that pools and wire agree on.
+
+Pure Python: planner, simulator and wire read it without an accelerator stack.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Literal, Protocol
+
+CacheKind = Literal["paged", "window", "state"]
+
+# Bytes per element of every dtype that may appear in a cache.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One cached tensor of one layer.
+
+    Attributes:
+        name: "k", "v", ...
+        heads: size of the axis that a mesh may shard (kv heads).
+        width: elements per head and token.
+        dtype: a key of `DTYPE_BYTES`.
+    """
+
+    name: str
+    heads: int
+    width: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer."""
+        return self.heads * self.width * DTYPE_BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps per request; equal layers form a group.
+
+    `window` is the number of last tokens kept (kind "window" only); a "state" layer's tensors do not grow with tokens.
+    """
+
+    kind: CacheKind
+    tensors: tuple[TensorSpec, ...]
+    window: int | None = None
+
+    def tokens_kept(self, tokens: int) -> int:
+        """Tokens' worth of tensors held after `tokens` tokens: all, the last `window`, or 1 for a state."""
+        match self.kind:
+            case "paged":
+                return tokens
+            case "window":
+                assert self.window is not None
+                return min(tokens, self.window)
+            case "state":
+                return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheGroup:
+    """Layers of one kind and one shape; `layers` are absolute layer indices, ascending."""
+
+    cache: LayerCache
+    layers: tuple[int, ...]
+
+    def bytes(self, tokens: int) -> int:
+        """Canonical bytes of this group for a request of `tokens` tokens."""
+        return len(self.layers) * self.cache.tokens_kept(tokens) * sum(t.token_bytes for t in self.cache.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """All groups of a model, in order of first layer. Canonical wire layout per tensor: `[layers, tokens, heads, width]`."""
+
+    groups: tuple[CacheGroup, ...]
+
+    def bytes(self, tokens: int) -> int:
+        """S_kv(l): canonical bytes of a request of `tokens` tokens, before any codec."""
+        return sum(g.bytes(tokens) for g in self.groups)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Growth of `bytes` per token once every window is full."""
+        return sum(g.bytes(1) for g in self.groups if g.cache.kind == "paged")
+
+    @property
+    def fixed_bytes(self) -> int:
+        """States plus full windows: what even an infinitely short increment ships."""
+        return sum(g.bytes(g.cache.window or 1) for g in self.groups if g.cache.kind != "paged")
+
+    def fingerprint(self) -> str:
+        """Hex digest of the layout; two sides whose digests differ must not exchange KV."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Cached(Protocol):
+    """Anything that can say what each of its layers caches; `ModelConfig` does."""
+
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """One entry per layer, first layer first."""
+        ...
+
+
+def cache_spec(model: Cached) -> CacheSpec:
+    """Groups a model's layers by what they cache."""
+    members: dict[LayerCache, list[int]] = {}
+    for layer, cache in enumerate(model.layer_caches()):
+        members.setdefault(cache, []).append(layer)
+    return CacheSpec(tuple(CacheGroup(cache, tuple(layers)) for cache, layers in members.items()))

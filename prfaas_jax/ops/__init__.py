@@ -1,0 +1,1 @@
+"""Kernels, each with a plain-jnp reference and named implementations for the platforms that have one."""

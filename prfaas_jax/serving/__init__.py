@@ -1,0 +1,1 @@
+"""Processes and their edges: prefill server, decode server, router, and what starts them."""

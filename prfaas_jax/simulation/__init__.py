@@ -1,0 +1,1 @@
+"""Discrete-event simulation of clusters and links, driving the same scheduling objects as the live system."""

@@ -1,0 +1,1 @@
+"""KV over gRPC: wire format, outbox, lanes, puller. Knows bytes, not models."""
