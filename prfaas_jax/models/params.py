@@ -1,0 +1,57 @@
+"""Parameters as a pytree: abstract shapes, shardings and random initialisation, all derived from the module's declarations."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.transformer import Transformer
+from prfaas_jax.sharding import Sharder
+
+# Names are paths joined by "/", e.g. "layers/attention/q_proj/weight"; leaves are stacked over layers.
+FlatParams = Mapping[str, np.ndarray | jax.Array]
+
+
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph and its parameters as ShapeDtypeStructs; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))), nnx.Param, ...)[:2]
+    return graph, state
+
+
+def flat_names(state: nnx.State) -> dict[str, nnx.Variable]:
+    """Leaves by name."""
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def shardings(state: nnx.State, shard: Sharder) -> nnx.State:
+    """A NamedSharding per parameter, read from its logical axes."""
+    return jax.tree.map(lambda p: p.replace(shard(*p.axes)), state, is_leaf=lambda p: isinstance(p, nnx.Variable))
+
+
+def init_random(config: ModelConfig, seed: int, shard: Sharder) -> nnx.State:
+    """Random parameters, created directly on the mesh (no host copy, no unsharded copy)."""
+    _, state = abstract(config)
+    create = jax.jit(lambda: nnx.state(Transformer(config, nnx.Rngs(seed)), nnx.Param), out_shardings=shardings(state, shard))
+    return create()
+
+
+def from_flat(config: ModelConfig, arrays: FlatParams, shard: Sharder) -> nnx.State:
+    """Places named host arrays on the mesh as the model's parameters.
+
+    Raises InvalidInput naming the first tensor that is missing, unknown or misshapen, before anything is placed.
+    """
+    _, state = abstract(config)
+    expected = flat_names(state)
+    if unknown := sorted(set(arrays) - set(expected)):
+        raise InvalidInput("checkpoint tensors", unknown, f"only the tensors of {config.name}")
+    for name, leaf in expected.items():
+        if name not in arrays:
+            raise InvalidInput("checkpoint tensors", f"no {name}", f"a tensor {name} of shape {leaf.shape}")
+        if arrays[name].shape != leaf.shape:
+            raise InvalidInput(f"checkpoint tensor {name} shape", arrays[name].shape, f"{leaf.shape}")
+    placed = {n: jax.device_put(np.asarray(arrays[n]).astype(leaf.dtype), shard(*leaf.axes)) for n, leaf in expected.items()}
+    flat = [(path, leaf.replace(placed["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat)
