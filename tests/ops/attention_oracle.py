@@ -1,0 +1,76 @@
+"""Dense float64 attention in numpy, and paged pools filled with shuffled pages for the tests of the attention ops."""
+
+import dataclasses
+
+import numpy as np
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, first: int) -> np.ndarray:
+    """Causal attention of q [T, N, H] at positions first.. over k, v [S, K, H], in float64."""
+    tokens, heads, _ = q.shape
+    group = heads // k.shape[1]
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    s = np.einsum("tnh,snh->nts", q, k) * scale
+    visible = np.arange(k.shape[0])[None] <= (first + np.arange(tokens))[:, None]
+    s = np.where(visible[None], s, -np.inf)
+    w = np.exp(s - s.max(axis=-1, keepdims=True))
+    return np.einsum("nts,snh->tnh", w / w.sum(axis=-1, keepdims=True), v)
+
+
+@dataclasses.dataclass
+class PagedCase:
+    """Rows' full k and v [S, K, H] (as stored, i.e. rounded to the dtype) beside the pools that hold the first `cached[b]` tokens."""
+
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+    k_pool: np.ndarray
+    v_pool: np.ndarray
+    table: np.ndarray
+    cached: np.ndarray
+    layer: int
+    pages_per_layer: int
+    page_size: int
+
+
+def paged_case(
+    rng: np.random.Generator,
+    cached: list[int],
+    new: int,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: np.dtype,
+    layers: int = 3,
+    layer: int = 1,
+    table_width: int | None = None,
+    garbage: float = np.nan,
+    tail: float = np.nan,
+    dummy: float = 0.0,
+) -> PagedCase:
+    """Rows with `cached[b]` tokens in shuffled pages and `new` more tokens outside the pool.
+
+    `garbage` fills pages no row owns (other layers too), `tail` the positions past a row's cached tokens inside its own pages,
+    `dummy` page 0 of each layer.
+    """
+    owned = [-(-(n + new) // page_size) for n in cached]
+    width = table_width or max(*owned, 1)
+    pages_per_layer = 1 + sum(owned) + 3
+    shape = (kv_heads, layers * pages_per_layer, page_size, head_dim)
+    pools = [np.full(shape, garbage, dtype) for _ in range(2)]
+    for pool in pools:
+        pool[:, :: pages_per_layer] = dummy
+    free = list(rng.permutation(np.arange(1, pages_per_layer)))
+    table = np.zeros((len(cached), width), np.int32)
+    full: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for row, (length, pages) in enumerate(zip(cached, owned, strict=True)):
+        table[row, :pages] = [free.pop() for _ in range(pages)]
+        for pool, rows in zip(pools, full, strict=True):
+            x = rng.standard_normal((length + new, kv_heads, head_dim)).astype(dtype)
+            rows.append(x)
+            flat = np.full((pages * page_size, kv_heads, head_dim), tail, dtype)
+            flat[:length] = x[:length]
+            ids = layer * pages_per_layer + table[row, :pages]
+            pool[:, ids] = flat.reshape(pages, page_size, kv_heads, head_dim).transpose(2, 0, 1, 3)
+    return PagedCase(*full, *pools, table, np.array(cached, np.int32), layer, pages_per_layer, page_size)
