@@ -1,0 +1,193 @@
+from prfaas_jax.serving.proto import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    WANT_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    token_ids: TokenIds
+    text: str
+    chat: Chat
+    sampling: _common_pb2.Sampling
+    max_new_tokens: int
+    stop_strings: _containers.RepeatedScalarFieldContainer[str]
+    want_logits: bool
+    placement: Placement
+    allow_fallback: bool
+    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: _Optional[bool] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Chat(_message.Message):
+    __slots__ = ("messages",)
+    class Message(_message.Message):
+        __slots__ = ("role", "content")
+        ROLE_FIELD_NUMBER: _ClassVar[int]
+        CONTENT_FIELD_NUMBER: _ClassVar[int]
+        role: str
+        content: str
+        def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[Chat.Message]
+    def __init__(self, messages: _Optional[_Iterable[_Union[Chat.Message, _Mapping]]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("prefill_address", "reason", "route_s")
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_address: str
+    reason: str
+    route_s: float
+    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ...) -> None: ...
+
+class GenerateEvent(_message.Message):
+    __slots__ = ("token", "usage")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    token: TokenOut
+    usage: Usage
+    def __init__(self, token: _Optional[_Union[TokenOut, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class TokenOut(_message.Message):
+    __slots__ = ("token", "text")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token: _common_pb2.Token
+    text: str
+    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address")
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_RESENT_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_S_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    placement: str
+    prefill_address: str
+    reason: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str
+    fallbacks: int
+    fallback_reason: str
+    kv_bytes_moved: int
+    kv_bytes_skipped: int
+    kv_bytes_resent: int
+    kv_bytes_expected: int
+    tokens_recomputed: int
+    parts: TtftParts
+    ttft_s: float
+    itl_s: _containers.RepeatedScalarFieldContainer[float]
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    decode_address: str
+    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ...) -> None: ...
+
+class TtftParts(_message.Message):
+    __slots__ = ("route", "queue", "prefill", "exposed_transfer", "admit", "first_step")
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    ADMIT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    route: float
+    queue: float
+    prefill: float
+    exposed_transfer: float
+    admit: float
+    first_step: float
+    def __init__(self, route: _Optional[float] = ..., queue: _Optional[float] = ..., prefill: _Optional[float] = ..., exposed_transfer: _Optional[float] = ..., admit: _Optional[float] = ..., first_step: _Optional[float] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("name", "start_s", "end_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start_s: float
+    end_s: float
+    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ...) -> None: ...
+
+class GenerationStatus(_message.Message):
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends")
+    class ServedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class FailedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    engine: _common_pb2.EngineStatus
+    model_fingerprint: str
+    cache_fingerprint: str
+    streams: int
+    fallbacks: int
+    draining: bool
+    has_tokenizer: bool
+    served: _containers.ScalarMap[str, int]
+    failed: _containers.ScalarMap[str, int]
+    backends: _containers.RepeatedCompositeFieldContainer[Backend]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: _Optional[bool] = ..., has_tokenizer: _Optional[bool] = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ...) -> None: ...
+
+class Backend(_message.Message):
+    __slots__ = ("role", "address", "healthy", "why", "engine")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    address: str
+    healthy: bool
+    why: str
+    engine: _common_pb2.EngineStatus
+    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: _Optional[bool] = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ...) -> None: ...
