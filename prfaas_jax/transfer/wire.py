@@ -34,6 +34,13 @@ _REQUEST_MAGIC = b"PfRq"
 _REQUEST = struct.Struct("<4sHxx16sII")
 
 
+def check_spec(spec: CacheSpec) -> None:
+    """Raises InvalidInput for a cache that this protocol version cannot carry: it knows groups of kind "paged"."""
+    for index, group in enumerate(spec.groups):
+        if group.cache.kind != "paged":
+            raise InvalidInput(f"spec.groups[{index}].kind", group.cache.kind, "'paged', the only kind that lanes carry yet")
+
+
 @dataclasses.dataclass(frozen=True)
 class Header:
     """What one message carries.
