@@ -1,7 +1,7 @@
 """The engine's edge: jobs in, events out. No jax types cross it, so a profiled engine can stand in for a real one."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -55,18 +55,23 @@ class Job:
     sampling: SamplingParams
 
 
-def check_job(job: Job, vocab_size: int, max_length: int) -> None:
-    """Raises InvalidInput for an empty prompt, ids outside the vocabulary, or prompt + max_new_tokens over `max_length`."""
-    if not job.prompt:
-        raise InvalidInput("prompt", (), "at least one token id")
-    bad = next((t for t in job.prompt if not 0 <= t < vocab_size), None)
+def check_prompt(prompt: Sequence[int], vocab_size: int, max_tokens: int) -> None:
+    """Raises InvalidInput for an empty prompt, one of more than `max_tokens` tokens, or an id outside the vocabulary."""
+    if not prompt:
+        raise InvalidInput("prompt", prompt, "at least one token id")
+    if len(prompt) > max_tokens:
+        raise InvalidInput("prompt length", len(prompt), f"at most {max_tokens} tokens")
+    bad = next((t for t in prompt if not 0 <= t < vocab_size), None)
     if bad is not None:
         raise InvalidInput("prompt token id", bad, f"an id in [0, {vocab_size})")
-    total = len(job.prompt) + job.sampling.max_new_tokens
-    if total > max_length:
-        raise InvalidInput(
-            "prompt length + max_new_tokens", f"{len(job.prompt)} + {job.sampling.max_new_tokens}", f"a sum of at most {max_length}"
-        )
+
+
+def check_job(job: Job, vocab_size: int, max_length: int) -> None:
+    """As `check_prompt`, and prompt + max_new_tokens must not pass `max_length`."""
+    check_prompt(job.prompt, vocab_size, max_length)
+    if len(job.prompt) + job.sampling.max_new_tokens > max_length:
+        total = f"{len(job.prompt)} + {job.sampling.max_new_tokens}"
+        raise InvalidInput("prompt length + max_new_tokens", total, f"a sum of at most {max_length}")
 
 
 # --- events; an engine delivers them in order to the job's sink, from its own thread -------------------------------------

@@ -1,0 +1,370 @@
+"""The decode engine: continuous batching over a paged cache, fed by received KV or by its own prefill.
+
+A request lives in one of these phases, and in no batch before it is running:
+
+    waiting -> reserved -> (prefilling | receiving) -> ready -> running -> gone
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import numpy as np
+
+from prfaas_jax.engine.api import (
+    Admitted,
+    Committed,
+    EngineStatus,
+    Failed,
+    Finished,
+    Job,
+    PrefillDone,
+    PrefillProgress,
+    Sink,
+    Token,
+    check_job,
+)
+from prfaas_jax.engine.plan import DecodeInput, plan_decode, plan_ingest
+from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, read_token
+from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.thread import EngineThread
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
+from prfaas_jax.kvcache.pages import PageAllocator, Reservation, SlotAllocator
+from prfaas_jax.kvcache.segments import SegmentKey, token_blocks
+from prfaas_jax.scheduling.batching import decode_bucket
+
+Phase = Literal["waiting", "reserved", "prefilling", "receiving", "ready", "running"]
+
+
+@dataclasses.dataclass
+class Request:
+    """One request in the decode engine; `length` tokens are in the cache and `token` is the next to compute."""
+
+    job: Job
+    sink: Sink
+    arrival: int
+    phase: Phase = "waiting"
+    reservation: Reservation | None = None
+    pending_blocks: int = 0
+    first: Token | None = None
+    ready_at: float = 0.0
+    slot: int = -1
+    length: int = 0
+    token: int = 0
+    generated: int = 0
+
+    @property
+    def held(self) -> Reservation:
+        """The reservation of a request past "waiting"."""
+        assert self.reservation is not None
+        return self.reservation
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A piece of received KV `[layers, tokens, heads, width]` of one tensor, waiting for its scatter."""
+
+    request: Request
+    tensor: int
+    tokens: tuple[int, int]
+    data: np.ndarray
+    done: Callable[[], None] | None  # set on the last piece of a received block
+
+
+class DecodeWorker(EngineThread):
+    """`DecodeEngine` over a Runner; see engine/api.py for the protocol."""
+
+    def __init__(self, runner: Runner):
+        super().__init__("decode-engine")
+        self.spec, self.fingerprint = runner.spec, runner.fingerprint
+        self._runner = runner
+        self._options = runner.options
+        self._requests: dict[str, Request] = {}
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._ready: collections.deque[Request] = collections.deque()
+        self._prompts: dict[str, Prompt] = {}
+        self._pending_prefill: DispatchedStep | None = None
+        self._running: dict[str, Request] = {}
+        self._blocks: collections.deque[Block] = collections.deque()
+        self._fences: collections.deque[tuple[jax.Array, Callable[[], None]]] = collections.deque()
+        self._lock = threading.Lock()  # guards what reserve and status read from other threads
+        self._queued = 0
+        self._arrivals = 0
+        self._steps = 0
+        self._local_prefills = 0
+        self._prefilled = 0
+        self._decoded = 0
+        self._new_allocators()
+
+    def _new_allocators(self) -> None:
+        runner = self._runner
+        self._pages = PageAllocator(runner.geometry.pages, self._options.page_size, runner.shards)
+        self._slots = SlotAllocator(max(runner.decode_buckets), runner.shards)
+
+    # --- the edge ------------------------------------------------------------------------------------------------------------
+
+    def reserve(self, job: Job, sink: Sink) -> None:
+        """See DecodeEngine.reserve."""
+        check_job(job, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
+        with self._lock:
+            if self._queued >= self._options.max_queue:
+                raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={self._options.max_queue})")
+            self._queued += 1
+            self._arrivals += 1
+            request = Request(job, sink, self._arrivals)
+        self._post(functools.partial(self._enqueue, request))
+
+    def prefill_local(self, ticket: str) -> None:
+        """See DecodeEngine.prefill_local."""
+        self._post(functools.partial(self._start_prefill, ticket))
+
+    def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
+        """See DecodeEngine.ingest. Raises InvalidInput unless the block is whole in layers and heads."""
+        expected = (len(self.spec.groups[0].layers), key.tokens[1] - key.tokens[0], *self._heads_width(key.tensor))
+        if key.group != 0 or block.shape != expected:
+            raise InvalidInput("block shape", block.shape, f"{expected} in group 0")
+        self._post(functools.partial(self._queue_block, ticket, key, block, done))
+
+    def _heads_width(self, tensor: int) -> tuple[int, int]:
+        spec = self.spec.groups[0].cache.tensors[tensor]
+        return spec.heads, spec.width
+
+    def commit(self, ticket: str, first: Token) -> None:
+        """See DecodeEngine.commit."""
+        self._post(functools.partial(self._commit, ticket, first, time.monotonic()))
+
+    def abort(self, ticket: str, reason: str = "cancelled") -> None:
+        """See DecodeEngine.abort."""
+        if not self._closing.is_set():
+            self._post(functools.partial(self._end, ticket, Finished(reason)))
+
+    def status(self) -> EngineStatus:
+        """See DecodeEngine.status."""
+        return EngineStatus(
+            running=len(self._running),
+            waiting=self._queued,
+            pages_free=self._pages.pages_free,
+            pages_total=self._pages.pages_total,
+            compiles_after_warmup=self._runner.compiles_after_warmup(),
+            local_prefills=self._local_prefills,
+            tokens_prefilled=self._prefilled,
+            tokens_decoded=self._decoded,
+        )
+
+    # --- commands, on the engine thread --------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: Request) -> None:
+        self._requests[request.job.ticket] = request
+        self._waiting.append(request)
+
+    def _in_phase(self, ticket: str, *phases: Phase) -> Request | None:
+        """The request if it is in one of `phases`; None if it is gone; any other phase is the caller's error and ends it."""
+        request = self._requests.get(ticket)
+        if request is not None and request.phase not in phases:
+            self._end(ticket, Failed(InvalidInput("phase", request.phase, f"one of {phases}")))
+            return None
+        return request
+
+    def _start_prefill(self, ticket: str) -> None:
+        if request := self._in_phase(ticket, "reserved"):
+            request.phase = "prefilling"
+            self._prompts[ticket] = Prompt(request.job, request.sink, request.arrival, time.monotonic(), request.reservation)
+            self._local_prefills += 1
+
+    def _queue_block(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
+        request = self._in_phase(ticket, "reserved", "receiving")
+        if request is None:
+            done()
+            return
+        request.phase = "receiving"
+        start = key.tokens[0]
+        pieces = list(token_blocks(key.tokens, self._options.ingest_tokens))
+        for a, b in pieces:
+            last = (a, b) == pieces[-1]
+            self._blocks.append(Block(request, key.tensor, (a, b), block[:, a - start : b - start], done if last else None))
+        request.pending_blocks += len(pieces)
+
+    def _commit(self, ticket: str, first: Token, at: float) -> None:
+        if request := self._in_phase(ticket, "reserved", "receiving"):
+            request.first, request.ready_at = first, at
+            if not request.pending_blocks:
+                self._make_ready(request)
+
+    def _make_ready(self, request: Request) -> None:
+        request.phase = "ready"
+        self._ready.append(request)
+
+    def _end(self, ticket: str, outcome: Finished | Failed) -> None:
+        """Drops a request in any phase. Its pages may be handed out at once: steps dispatched later run after those that use them."""
+        request = self._requests.pop(ticket, None)
+        if request is None:
+            return
+        match request.phase:
+            case "waiting":
+                self._waiting.remove(request)
+                with self._lock:
+                    self._queued -= 1
+            case "prefilling":
+                del self._prompts[ticket]
+            case "receiving":
+                self._drop_blocks(request)
+            case "ready":
+                self._ready.remove(request)
+            case "running":
+                del self._running[ticket]
+                self._slots.free(ticket)
+        if request.reservation is not None:
+            self._pages.free(ticket)
+        request.sink(outcome)
+
+    def _drop_blocks(self, request: Request) -> None:
+        kept = [b for b in self._blocks if b.request is not request]
+        dropped = [b for b in self._blocks if b.request is request]
+        self._blocks = collections.deque(kept)
+        for block in dropped:
+            if block.done is not None:
+                block.done()
+
+    # --- one round -----------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        self._admit()
+        self._release_staging(wait=False)
+        self._ingest()
+        self._prefill()
+        self._publish()
+        self._decode()
+        idle = not (self._running or self._prompts or self._pending_prefill or self._blocks)
+        if idle and self._fences:
+            self._release_staging(wait=True)
+        return not idle or bool(self._fences)
+
+    def _admit(self) -> None:
+        while self._waiting:
+            request = self._waiting[0]
+            total = len(request.job.prompt) + request.job.sampling.max_new_tokens
+            try:
+                request.reservation = self._pages.reserve(request.job.ticket, total)
+            except Exhausted:
+                return  # first come, first served
+            self._waiting.popleft()
+            with self._lock:
+                self._queued -= 1
+            request.phase = "reserved"
+            request.sink(Admitted())
+
+    def _ingest(self) -> None:
+        """Scatters received blocks; while others decode, no more per round than the budget."""
+        budget = self._options.ingest_bytes_per_step if self._running else None
+        while self._blocks and (budget is None or budget > 0):
+            block = self._blocks.popleft()
+            request, size = block.request, self._options.ingest_tokens
+            data = block.data
+            if data.shape[1] < size:
+                data = np.zeros((data.shape[0], size, *data.shape[2:]), data.dtype)
+                data[:, : block.data.shape[1]] = block.data
+            held = request.held
+            plan = plan_ingest(held.pages, self._options.page_size, block.tokens, size, held.shard, self._runner.shards)
+            fence = self._runner.ingest(block.tensor, data, plan)
+            if block.done is not None:
+                self._fences.append((fence, block.done))
+            if budget is not None:
+                budget -= data.nbytes
+            request.pending_blocks -= 1
+            if request.first is not None and not request.pending_blocks:
+                self._make_ready(request)
+
+    def _release_staging(self, wait: bool) -> None:
+        """Gives staging buffers back once the scatters that read them are done."""
+        while self._fences and (wait or self._fences[0][0].is_ready()):
+            fence, done = self._fences.popleft()
+            np.asarray(fence)
+            done()
+
+    def _prefill(self) -> None:
+        """One chunk step of local prefill, if any; running rows decode in between."""
+        previous, self._pending_prefill = self._pending_prefill, None
+        open_prompts = {t: p for t, p in self._prompts.items() if p.done < len(p.job.prompt)}
+        if open_prompts:
+            self._pending_prefill = dispatch_prefill(self._runner, open_prompts, self._steps)
+            self._steps += 1
+        if previous is None:
+            return
+        np.asarray(previous.drawn.token)  # at most one step ahead, so that an abort takes effect within one chunk
+        for prompt, row in previous.rows:
+            ticket, stop = prompt.job.ticket, row.start + row.count
+            if self._prompts.get(ticket) is not prompt:
+                continue  # ended meanwhile
+            self._prefilled += row.count
+            prompt.sink(PrefillProgress(stop))
+            if stop == len(prompt.job.prompt):
+                del self._prompts[ticket]
+                request = self._requests[ticket]
+                request.first = read_token(previous.drawn, row.row, prompt.job.sampling.return_logits)
+                request.ready_at = time.monotonic()
+                prompt.sink(PrefillDone(request.first, prompt.started - prompt.submitted, request.ready_at - prompt.started))
+                self._make_ready(request)
+
+    def _publish(self) -> None:
+        """Gives ready requests a decode row; their block-table rows are in every plan from now on."""
+        for request in list(self._ready):
+            ticket = request.job.ticket
+            try:
+                request.slot = self._slots.reserve(ticket, request.held.shard)
+            except Exhausted:
+                continue  # this shard's rows are taken; another shard may have one
+            self._ready.remove(request)
+            request.phase = "running"
+            request.length = len(request.job.prompt)
+            self._running[ticket] = request
+            assert request.first is not None
+            request.sink(Committed(time.monotonic() - request.ready_at))
+            self._emit(request, request.first)
+
+    def _emit(self, request: Request, token: Token) -> None:
+        request.token = token.token
+        request.generated += 1
+        request.sink(token)
+        sampling = request.job.sampling
+        if token.token in sampling.stop_token_ids:
+            self._end(request.job.ticket, Finished("stop"))
+        elif request.generated == sampling.max_new_tokens:
+            self._end(request.job.ticket, Finished("length"))
+
+    def _decode(self) -> None:
+        if not self._running:
+            return
+        requests = list(self._running.values())
+        rows = decode_bucket(self._slots.rows_needed(), self._runner.decode_buckets)
+        inputs = [
+            DecodeInput(self._slots.bucket_row(r.slot, rows), r.token, r.length, r.held.pages, r.job.sampling) for r in requests
+        ]
+        drawn = self._runner.decode(plan_decode(inputs, rows, self._runner.geometry.width))
+        tokens, logprobs = np.asarray(drawn.token), np.asarray(drawn.logprob)
+        logits = np.asarray(drawn.logits) if any(r.job.sampling.return_logits for r in requests) else None
+        self._decoded += len(requests)
+        for request, i in zip(requests, inputs, strict=True):
+            request.length += 1
+            wanted = logits is not None and request.job.sampling.return_logits
+            self._emit(request, Token(int(tokens[i.row]), float(logprobs[i.row]), logits[i.row] if logits is not None and wanted else None))
+
+    def _fail_all(self, error: PrfaasError) -> None:
+        outstanding = list(self._requests.values())
+        releases = [b.done for b in self._blocks if b.done] + [done for _, done in self._fences]
+        for container in (self._requests, self._waiting, self._ready, self._prompts, self._running, self._blocks, self._fences):
+            container.clear()
+        self._pending_prefill = None
+        self._new_allocators()
+        with self._lock:
+            self._queued = 0
+        if not self._closing.is_set():
+            self._runner.reset_pools()
+        for done in releases:
+            done()
+        for request in outstanding:
+            request.sink(Failed(error))

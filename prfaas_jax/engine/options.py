@@ -1,0 +1,71 @@
+"""Everything that shapes an engine, as plain data: what flags and configs fill in."""
+
+import dataclasses
+
+from prfaas_jax.errors import InvalidInput
+
+SMALLEST_CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Shape of one engine.
+
+    Attributes:
+        checkpoint: what `models.checkpoint.load` accepts.
+        mesh: "data:1,model:1".
+        attention: "sharded", or "replicated" for models whose heads the model axis does not divide.
+        dtype: "float32" or "bfloat16" for weights, activations and cache; None takes the checkpoint's.
+        page_size: tokens per page.
+        pages: pages per layer and data shard, dummy page included; None takes enough for `max_rows` requests of `max_length`.
+        chunk: prompt tokens per row and prefill step; chunks start at absolute multiples of it.
+        max_length: prompt plus new tokens of one request.
+        max_rows: requests that decode at once.
+        max_prefill_rows: requests that share one prefill step.
+        max_queue: requests that may wait for pages.
+        ingest_tokens: tokens per scatter of received KV.
+        ingest_bytes_per_step: received KV scattered between two decode steps at most, so that running decodes keep their pace.
+        paged_attention: implementation by name; None takes the platform's default.
+        warmup: compile every program at start-up.
+    """
+
+    checkpoint: str
+    mesh: str = "data:1,model:1"
+    attention: str = "sharded"
+    dtype: str | None = None
+    page_size: int = 16
+    pages: int | None = None
+    chunk: int = 256
+    max_length: int = 4096
+    max_rows: int = 32
+    max_prefill_rows: int = 4
+    max_queue: int = 64
+    ingest_tokens: int = 64
+    ingest_bytes_per_step: int = 8 << 20
+    paged_attention: str | None = None
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("page_size", "chunk", "max_length", "max_rows", "max_prefill_rows", "max_queue", "ingest_tokens", "ingest_bytes_per_step"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidInput(field, value, "a positive integer")
+        if self.chunk % SMALLEST_CHUNK:
+            raise InvalidInput("chunk", self.chunk, f"a multiple of {SMALLEST_CHUNK}")
+        if self.page_size & (self.page_size - 1) or self.page_size > 256:
+            raise InvalidInput("page_size", self.page_size, "a power of two up to 256")
+        if self.attention not in ("sharded", "replicated"):
+            raise InvalidInput("attention", self.attention, "sharded or replicated")
+        if self.pages is not None and self.pages < 2:
+            raise InvalidInput("pages", self.pages, "at least 2 (page 0 is a dummy)")
+
+    @property
+    def pages_per_request(self) -> int:
+        """Width of a block-table row."""
+        return -(-self.max_length // self.page_size)
+
+    def pages_per_shard(self, shards: int) -> int:
+        """Pages per layer of one data shard."""
+        if self.pages is not None:
+            return self.pages
+        return 1 + self.pages_per_request * -(-self.max_rows // shards)

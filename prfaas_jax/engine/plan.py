@@ -1,0 +1,117 @@
+"""The planning half of a step: plain numpy arrays that say which rows, which pages and how to sample.
+
+On many hosts, host 0 plans and every host executes the same arrays in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt32
+
+from prfaas_jax.engine.api import SamplingParams
+
+
+class SamplingRows(NamedTuple):
+    """Sampling parameters per row; temperature 0 is greedy."""
+
+    temperature: Float32[np.ndarray, " B"]
+    top_k: Int32[np.ndarray, " B"]
+    top_p: Float32[np.ndarray, " B"]
+    seed: UInt32[np.ndarray, " B"]
+
+    @classmethod
+    def greedy(cls, rows: int) -> "SamplingRows":
+        """What padded rows use."""
+        return cls(np.zeros(rows, np.float32), np.zeros(rows, np.int32), np.ones(rows, np.float32), np.zeros(rows, np.uint32))
+
+    def put(self, row: int, params: SamplingParams) -> None:
+        """Fills one row."""
+        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.top_p[row], self.seed[row] = params.top_p, params.seed
+
+
+class PrefillPlan(NamedTuple):
+    """One prefill step: row b computes prompt tokens [start, start + count) of its request; padded rows have count 0."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    start: Int32[np.ndarray, " B"]
+    count: Int32[np.ndarray, " B"]
+    table: Int32[np.ndarray, "B MP"]
+    sampling: SamplingRows
+
+
+class DecodePlan(NamedTuple):
+    """One decode step: row b has `length` tokens cached and now computes `token` at position `length`; padded rows have length 0."""
+
+    token: Int32[np.ndarray, " B"]
+    length: Int32[np.ndarray, " B"]
+    table: Int32[np.ndarray, "B MP"]
+    sampling: SamplingRows
+
+
+class IngestPlan(NamedTuple):
+    """Where received tokens go: page and offset per data shard; shards that do not own the request point at page 0."""
+
+    page: Int32[np.ndarray, "shards R"]
+    offset: Int32[np.ndarray, "shards R"]
+
+
+class PrefillInput(NamedTuple):
+    """One occupied row of a prefill step."""
+
+    row: int
+    prompt: Sequence[int]
+    start: int
+    count: int
+    pages: np.ndarray
+    sampling: SamplingParams
+
+
+class DecodeInput(NamedTuple):
+    """One occupied row of a decode step."""
+
+    row: int
+    token: int
+    length: int
+    pages: np.ndarray
+    sampling: SamplingParams
+
+
+def plan_prefill(rows: Sequence[PrefillInput], batch: int, tokens: int, width: int) -> PrefillPlan:
+    """Lays rows into a [batch, tokens] bucket; `width` is the block table's."""
+    plan = PrefillPlan(
+        np.zeros((batch, tokens), np.int32),
+        np.zeros(batch, np.int32),
+        np.zeros(batch, np.int32),
+        np.zeros((batch, width), np.int32),
+        SamplingRows.greedy(batch),
+    )
+    for r in rows:
+        plan.tokens[r.row, : r.count] = r.prompt[r.start : r.start + r.count]
+        plan.start[r.row], plan.count[r.row] = r.start, r.count
+        plan.table[r.row, : len(r.pages)] = r.pages
+        plan.sampling.put(r.row, r.sampling)
+    return plan
+
+
+def plan_decode(rows: Sequence[DecodeInput], batch: int, width: int) -> DecodePlan:
+    """Lays rows into a bucket of `batch` rows; `width` is the block table's."""
+    plan = DecodePlan(
+        np.zeros(batch, np.int32), np.zeros(batch, np.int32), np.zeros((batch, width), np.int32), SamplingRows.greedy(batch)
+    )
+    for r in rows:
+        plan.token[r.row], plan.length[r.row] = r.token, r.length
+        plan.table[r.row, : len(r.pages)] = r.pages
+        plan.sampling.put(r.row, r.sampling)
+    return plan
+
+
+def plan_ingest(pages: np.ndarray, page_size: int, tokens: tuple[int, int], size: int, shard: int, shards: int) -> IngestPlan:
+    """Addresses of absolute positions `tokens` in a request's pages, padded to `size` with the dummy page."""
+    start, stop = tokens
+    positions = np.arange(start, stop)
+    plan = IngestPlan(np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32))
+    plan.page[shard, : stop - start] = pages[positions // page_size]
+    plan.offset[shard, : stop - start] = positions % page_size
+    return plan

@@ -1,0 +1,198 @@
+"""The prefill engine: chunks of several prompts share a step; each chunk's KV leaves while the next one computes."""
+
+import dataclasses
+import functools
+import threading
+import time
+
+import numpy as np
+
+from prfaas_jax.engine.api import (
+    Admitted,
+    EngineStatus,
+    Failed,
+    Finished,
+    Job,
+    PrefillDone,
+    PrefillProgress,
+    SegmentReady,
+    Sink,
+    Token,
+    check_prompt,
+)
+from prfaas_jax.engine.plan import PrefillInput, plan_prefill
+from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.steps import Drawn
+from prfaas_jax.engine.thread import EngineThread
+from prfaas_jax.errors import EngineFailed, Exhausted
+from prfaas_jax.kvcache.pages import PageAllocator, Reservation
+from prfaas_jax.kvcache.pools import Pools
+from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prompt on its way through prefill; `done` tokens are computed or dispatched."""
+
+    job: Job
+    sink: Sink
+    arrival: int
+    submitted: float
+    reservation: Reservation | None = None
+    done: int = 0
+    last_step: int = -1
+    started: float = 0.0
+
+    def item(self) -> PrefillItem:
+        """What batch formation needs to know."""
+        assert self.reservation is not None
+        return PrefillItem(self.job.ticket, self.done, len(self.job.prompt), self.reservation.shard, self.last_step, self.arrival)
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchedStep:
+    """A prefill step that has been dispatched and whose results have not been read."""
+
+    rows: list[tuple[Prompt, PrefillInput]]
+    drawn: Drawn
+    kv: Pools
+
+
+def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int) -> DispatchedStep:
+    """Chooses rows among `prompts`, dispatches one step and advances the chosen prompts. `step` numbers the steps."""
+    choice = choose_prefill([p.item() for p in prompts.values()], runner.prefill_buckets, runner.options.chunk, step)
+    rows = []
+    for ticket, row, start, count in choice.rows:
+        prompt = prompts[ticket]
+        assert prompt.reservation is not None
+        if start == 0:
+            prompt.started = time.monotonic()
+        prompt.done, prompt.last_step = start + count, step
+        rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, prompt.reservation.pages, prompt.job.sampling)))
+    plan = plan_prefill([r for _, r in rows], choice.bucket.rows, choice.bucket.tokens, runner.geometry.width)
+    drawn, kv = runner.prefill(plan)
+    return DispatchedStep(rows, drawn, kv)
+
+
+def read_token(drawn: Drawn, row: int, with_logits: bool) -> Token:
+    """Fetches what one row drew; waits for the step."""
+    logits = np.asarray(drawn.logits)[row] if with_logits else None
+    return Token(int(np.asarray(drawn.token)[row]), float(np.asarray(drawn.logprob)[row]), logits)
+
+
+class PrefillWorker(EngineThread):
+    """`PrefillEngine` over a Runner; see engine/api.py for the protocol."""
+
+    def __init__(self, runner: Runner):
+        super().__init__("prefill-engine")
+        self.spec, self.fingerprint = runner.spec, runner.fingerprint
+        self._runner = runner
+        self._options = runner.options
+        self._pages = self._new_pages()
+        self._waiting: dict[str, Prompt] = {}
+        self._active: dict[str, Prompt] = {}
+        self._pending: DispatchedStep | None = None
+        self._lock = threading.Lock()  # guards what submit and status read from other threads
+        self._queued = 0
+        self._arrivals = 0
+        self._steps = 0
+        self._prefilled = 0
+
+    def _new_pages(self) -> PageAllocator:
+        return PageAllocator(self._runner.geometry.pages, self._options.page_size, self._runner.shards)
+
+    # --- the edge ------------------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job, sink: Sink) -> None:
+        """See PrefillEngine.submit."""
+        check_prompt(job.prompt, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
+        with self._lock:
+            if self._queued >= self._options.max_queue:
+                raise Exhausted(f"prefill queue is full: {self._queued} prompts wait (max_queue={self._options.max_queue})")
+            self._queued += 1
+            self._arrivals += 1
+            prompt = Prompt(job, sink, self._arrivals, time.monotonic())
+        self._post(functools.partial(self._waiting.__setitem__, job.ticket, prompt))
+
+    def cancel(self, ticket: str) -> None:
+        """See PrefillEngine.cancel."""
+        if not self._closing.is_set():
+            self._post(functools.partial(self._cancel, ticket))
+
+    def status(self) -> EngineStatus:
+        """See PrefillEngine.status."""
+        return EngineStatus(
+            running=len(self._active),
+            waiting=self._queued,
+            pages_free=self._pages.pages_free,
+            pages_total=self._pages.pages_total,
+            compiles_after_warmup=self._runner.compiles_after_warmup(),
+            tokens_prefilled=self._prefilled,
+        )
+
+    # --- the engine thread ---------------------------------------------------------------------------------------------------
+
+    def _cancel(self, ticket: str) -> None:
+        prompt = self._forget(ticket)
+        if prompt is not None:
+            prompt.sink(Finished("cancelled"))
+
+    def _forget(self, ticket: str) -> Prompt | None:
+        """Drops a prompt and returns its pages: whatever is dispatched later runs after the steps that still write them."""
+        if prompt := self._waiting.pop(ticket, None):
+            with self._lock:
+                self._queued -= 1
+        elif prompt := self._active.pop(ticket, None):
+            self._pages.free(ticket)
+        return prompt
+
+    def _admit(self) -> None:
+        for ticket, prompt in list(self._waiting.items()):
+            try:
+                prompt.reservation = self._pages.reserve(ticket, len(prompt.job.prompt))
+            except Exhausted:
+                return  # first come, first served
+            del self._waiting[ticket]
+            with self._lock:
+                self._queued -= 1
+            self._active[ticket] = prompt
+            prompt.sink(Admitted())
+
+    def _step(self) -> bool:
+        self._admit()
+        previous, self._pending = self._pending, None
+        open_prompts = {t: p for t, p in self._active.items() if p.done < len(p.job.prompt)}
+        if open_prompts:
+            self._pending = dispatch_prefill(self._runner, open_prompts, self._steps)
+            self._steps += 1
+        if previous is not None:
+            self._deliver(previous)
+        return self._pending is not None or bool(self._waiting and not self._active)
+
+    def _deliver(self, step: DispatchedStep) -> None:
+        """Hands out a finished step's KV while the next step computes."""
+        for prompt, row in step.rows:
+            ticket = prompt.job.ticket
+            if self._active.get(ticket) is not prompt:
+                continue  # cancelled meanwhile
+            for segment in self._runner.export(step.kv, row.row, row.start, row.count):
+                prompt.sink(SegmentReady(segment))
+            self._prefilled += row.count
+            prompt.sink(PrefillProgress(row.start + row.count))
+            if row.start + row.count == len(prompt.job.prompt):
+                first = read_token(step.drawn, row.row, prompt.job.sampling.return_logits)
+                self._forget(ticket)
+                prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, time.monotonic() - prompt.started))
+
+    def _fail_all(self, error: EngineFailed) -> None:
+        outstanding = [*self._waiting.values(), *self._active.values()]
+        self._waiting.clear()
+        self._active.clear()
+        self._pending = None
+        self._pages = self._new_pages()
+        with self._lock:
+            self._queued = 0
+        if not self._closing.is_set():
+            self._runner.reset_pools()
+        for prompt in outstanding:
+            prompt.sink(Failed(error))

@@ -1,0 +1,66 @@
+"""One engine thread owns every jax call; other threads only post commands to it."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+from absl import logging
+
+from prfaas_jax.errors import EngineFailed
+
+_CLOSE_DEADLINE_S = 60.0
+
+
+class EngineThread:
+    """Runs posted commands between steps. Subclasses give `_step`, `_fail_all` and call `_post`."""
+
+    def __init__(self, name: str):
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; call once."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops after the step in progress; outstanding jobs fail. Idempotent."""
+        self._closing.set()
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(_CLOSE_DEADLINE_S)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if self._closing.is_set():
+            raise EngineFailed("the engine is closed")
+        self._inbox.put(command)
+
+    def _run(self) -> None:
+        busy = False
+        while not self._closing.is_set():
+            self._drain(wait=not busy)
+            try:
+                busy = self._step()
+            except Exception as error:  # a step may raise anything (XLA errors, OOM): the requests fail, the engine lives
+                logging.exception("engine step failed")
+                busy = False
+                self._fail_all(EngineFailed(f"engine step failed: {type(error).__name__}: {error}"))
+        self._drain(wait=False)
+        self._fail_all(EngineFailed("the engine was closed"))
+
+    def _drain(self, wait: bool) -> None:
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            command()
+            wait = False
+
+    def _step(self) -> bool:
+        """Does one round of work; returns whether there is more to do without a new command."""
+        raise NotImplementedError
+
+    def _fail_all(self, error: EngineFailed) -> None:
+        """Fails every outstanding job and makes the engine usable again."""
+        raise NotImplementedError
