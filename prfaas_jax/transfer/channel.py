@@ -21,8 +21,10 @@ _FRAMES: Final[tuple[tuple[str, int], ...]] = (
 SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     *_KEEPALIVE,
     *_FRAMES,
-    # A silent prefill is pinged for as long as it computes; the default would answer too_many_pings.
+    # A silent prefill is pinged for as long as it computes, and bandwidth probes of a fast stream count as pings too: by default the
+    # server answers either with too_many_pings and closes the connection.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+    ("grpc.http2.max_ping_strikes", 0),
     # Two servers on one port would each get some of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
 )
@@ -43,5 +45,5 @@ MOVER_ENV: Final[dict[str, str]] = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
-    "GRPC_EXPERIMENTS": "tcp_frame_size_tuning,tcp_rcv_lowat,peer_state_based_framing",
+    "GRPC_EXPERIMENTS": "tcp_frame_size_tuning,tcp_rcv_lowat",
 }

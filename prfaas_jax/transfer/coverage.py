@@ -1,0 +1,71 @@
+"""Proof that pieces cover a request's cache exactly: no overlap when they come, no gap at the end."""
+
+import bisect
+
+from prfaas_jax.errors import TransferError
+from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.spec import CacheSpec
+
+
+class Intervals:
+    """A set of integers as sorted, disjoint, merged half-open ranges; pieces that come in order stay one range."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def overlap(self, start: int, stop: int) -> int:
+        """How many integers of [start, stop) are in the set."""
+        first = bisect.bisect_right(self._stops, start)
+        last = bisect.bisect_left(self._starts, stop)
+        return sum(min(stop, self._stops[i]) - max(start, self._starts[i]) for i in range(first, last))
+
+    def add(self, start: int, stop: int) -> None:
+        """Adds a range that does not overlap the set."""
+        # Ranges that touch on either side are merged into the new one.
+        first = bisect.bisect_left(self._stops, start)
+        last = bisect.bisect_right(self._starts, stop)
+        if first < last:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
+    def first_gap(self, length: int) -> tuple[int, int] | None:
+        """First range of [0, length) that is missing; None when there is none."""
+        if not self._starts:
+            return (0, length) if length else None
+        if self._starts[0] > 0:
+            return (0, self._starts[0])
+        if self._stops[0] >= length:
+            return None
+        return (self._stops[0], self._starts[1] if len(self._starts) > 1 else length)
+
+
+class Coverage:
+    """Which (group, tensor, layer, token) of a `length`-token cache have been claimed by some block of all heads."""
+
+    def __init__(self, spec: CacheSpec, length: int):
+        self._length = length
+        # One set of tokens per (group, tensor, layer of the group).
+        self._tokens = {
+            (g, t, layer): Intervals()
+            for g, group in enumerate(spec.groups)
+            for t in range(len(group.cache.tensors))
+            for layer in range(len(group.layers))
+        }
+
+    def claim(self, key: SegmentKey) -> None:
+        """Claims the key's layers and tokens; raises TransferError, and claims nothing, when any of them was claimed before."""
+        rows = [self._tokens[key.group, key.tensor, layer] for layer in range(*key.layers)]
+        for layer, tokens in enumerate(rows, key.layers[0]):
+            if overlap := tokens.overlap(*key.tokens):
+                raise TransferError(f"{key} overlaps {overlap} tokens of layer {layer} that another segment carries")
+        for tokens in rows:
+            tokens.add(*key.tokens)
+
+    def gap(self) -> str | None:
+        """Names the first range of tokens that nobody claimed; None when all are."""
+        for (group, tensor, layer), tokens in self._tokens.items():
+            if missing := tokens.first_gap(self._length):
+                return f"group {group}, tensor {tensor}, layer {layer}: tokens [{missing[0]}, {missing[1]})"
+        return None
