@@ -97,6 +97,7 @@ class Sharder:
         return PartitionSpec(*axes)
 
     def __call__(self, *logical: str | None) -> NamedSharding:
+        """NamedSharding of an array whose axes carry these logical names."""
         return NamedSharding(self.mesh, self.spec(*logical))
 
     def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:

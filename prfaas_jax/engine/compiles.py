@@ -10,7 +10,7 @@ _count = 0
 _listening = False
 
 
-def _on_event(event: str, duration: float, **_: object) -> None:
+def _on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _count
     if event == _EVENT:
         with _lock:

@@ -11,9 +11,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from prfaas_jax.engine.api import (
@@ -91,7 +90,7 @@ class DecodeWorker(EngineThread):
         self._pending_prefill: DispatchedStep | None = None
         self._running: dict[str, Request] = {}
         self._blocks: collections.deque[Block] = collections.deque()
-        self._fences: collections.deque[tuple[jax.Array, Callable[[], None]]] = collections.deque()
+        self._fences: collections.deque[tuple[Any, Callable[[], None]]] = collections.deque()
         self._lock = threading.Lock()  # guards what reserve and status read from other threads
         self._queued = 0
         self._arrivals = 0
@@ -297,10 +296,10 @@ class DecodeWorker(EngineThread):
             return
         np.asarray(previous.drawn.token)  # at most one step ahead, so that an abort takes effect within one chunk
         for prompt, row in previous.rows:
-            ticket, stop = prompt.job.ticket, row.start + row.count
+            ticket, stop = prompt.job.ticket, row.start + row.valid
             if self._prompts.get(ticket) is not prompt:
                 continue  # ended meanwhile
-            self._prefilled += row.count
+            self._prefilled += row.valid
             prompt.sink(PrefillProgress(stop))
             if stop == len(prompt.job.prompt):
                 del self._prompts[ticket]

@@ -1,6 +1,7 @@
 """Everything that shapes an engine, as plain data: what flags and configs fill in."""
 
 import dataclasses
+from typing import Literal
 
 from prfaas_jax.errors import InvalidInput
 
@@ -31,7 +32,7 @@ class EngineOptions:
 
     checkpoint: str
     mesh: str = "data:1,model:1"
-    attention: str = "sharded"
+    attention: Literal["sharded", "replicated"] = "sharded"
     dtype: str | None = None
     page_size: int = 16
     pages: int | None = None
@@ -46,7 +47,8 @@ class EngineOptions:
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("page_size", "chunk", "max_length", "max_rows", "max_prefill_rows", "max_queue", "ingest_tokens", "ingest_bytes_per_step"):
+        counts = ("page_size", "chunk", "max_length", "max_rows", "max_prefill_rows", "max_queue", "ingest_tokens")
+        for field in (*counts, "ingest_bytes_per_step"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InvalidInput(field, value, "a positive integer")

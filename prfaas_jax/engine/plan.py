@@ -4,21 +4,24 @@ On many hosts, host 0 plans and every host executes the same arrays in the same 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
 from prfaas_jax.engine.api import SamplingParams
 
+# A plan's leaves are numpy arrays when planned, traced arrays inside a step, shardings when its placement is described.
+Leaf = Any
+
 
 class SamplingRows(NamedTuple):
     """Sampling parameters per row; temperature 0 is greedy."""
 
-    temperature: Float32[np.ndarray, " B"]
-    top_k: Int32[np.ndarray, " B"]
-    top_p: Float32[np.ndarray, " B"]
-    seed: UInt32[np.ndarray, " B"]
+    temperature: Float32[Leaf, " B"]
+    top_k: Int32[Leaf, " B"]
+    top_p: Float32[Leaf, " B"]
+    seed: UInt32[Leaf, " B"]
 
     @classmethod
     def greedy(cls, rows: int) -> "SamplingRows":
@@ -32,29 +35,29 @@ class SamplingRows(NamedTuple):
 
 
 class PrefillPlan(NamedTuple):
-    """One prefill step: row b computes prompt tokens [start, start + count) of its request; padded rows have count 0."""
+    """One prefill step: row b computes prompt tokens [start, start + valid) of its request; padded rows have 0 valid."""
 
-    tokens: Int32[np.ndarray, "B T"]
-    start: Int32[np.ndarray, " B"]
-    count: Int32[np.ndarray, " B"]
-    table: Int32[np.ndarray, "B MP"]
+    tokens: Int32[Leaf, "B T"]
+    start: Int32[Leaf, " B"]
+    valid: Int32[Leaf, " B"]
+    table: Int32[Leaf, "B MP"]
     sampling: SamplingRows
 
 
 class DecodePlan(NamedTuple):
     """One decode step: row b has `length` tokens cached and now computes `token` at position `length`; padded rows have length 0."""
 
-    token: Int32[np.ndarray, " B"]
-    length: Int32[np.ndarray, " B"]
-    table: Int32[np.ndarray, "B MP"]
+    token: Int32[Leaf, " B"]
+    length: Int32[Leaf, " B"]
+    table: Int32[Leaf, "B MP"]
     sampling: SamplingRows
 
 
 class IngestPlan(NamedTuple):
     """Where received tokens go: page and offset per data shard; shards that do not own the request point at page 0."""
 
-    page: Int32[np.ndarray, "shards R"]
-    offset: Int32[np.ndarray, "shards R"]
+    page: Int32[Leaf, "shards R"]
+    offset: Int32[Leaf, "shards R"]
 
 
 class PrefillInput(NamedTuple):
@@ -63,7 +66,7 @@ class PrefillInput(NamedTuple):
     row: int
     prompt: Sequence[int]
     start: int
-    count: int
+    valid: int
     pages: np.ndarray
     sampling: SamplingParams
 
@@ -88,8 +91,8 @@ def plan_prefill(rows: Sequence[PrefillInput], batch: int, tokens: int, width: i
         SamplingRows.greedy(batch),
     )
     for r in rows:
-        plan.tokens[r.row, : r.count] = r.prompt[r.start : r.start + r.count]
-        plan.start[r.row], plan.count[r.row] = r.start, r.count
+        plan.tokens[r.row, : r.valid] = r.prompt[r.start : r.start + r.valid]
+        plan.start[r.row], plan.valid[r.row] = r.start, r.valid
         plan.table[r.row, : len(r.pages)] = r.pages
         plan.sampling.put(r.row, r.sampling)
     return plan

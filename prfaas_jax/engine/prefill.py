@@ -175,11 +175,11 @@ class PrefillWorker(EngineThread):
             ticket = prompt.job.ticket
             if self._active.get(ticket) is not prompt:
                 continue  # cancelled meanwhile
-            for segment in self._runner.export(step.kv, row.row, row.start, row.count):
+            for segment in self._runner.export(step.kv, row.row, row.start, row.valid):
                 prompt.sink(SegmentReady(segment))
-            self._prefilled += row.count
-            prompt.sink(PrefillProgress(row.start + row.count))
-            if row.start + row.count == len(prompt.job.prompt):
+            self._prefilled += row.valid
+            prompt.sink(PrefillProgress(row.start + row.valid))
+            if row.start + row.valid == len(prompt.job.prompt):
                 first = read_token(step.drawn, row.row, prompt.job.sampling.return_logits)
                 self._forget(ticket)
                 prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, time.monotonic() - prompt.started))

@@ -1,6 +1,7 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports new KV."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_bucke
 from prfaas_jax.sharding import MeshSpec, check_divides, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
-_CARRIER = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+_CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
 def choose_implementation(config: ModelConfig, options: EngineOptions, platform: str) -> str:
@@ -104,7 +105,7 @@ class Runner:
                 host = np.asarray(shard.data)[:, row - rows[0], :count]
                 payload = np.ascontiguousarray(host).view(_CARRIER[self.spec.groups[0].cache.tensors[tensor].dtype])
                 key = SegmentKey(0, tensor, (0, host.shape[0]), (start, start + count), heads)
-                yield Segment(key, memoryview(payload.reshape(-1)).cast("B"))
+                yield Segment(key, payload.reshape(-1).data.cast("B"))
 
     # --- warm-up -------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, SamplingRows
@@ -62,7 +62,7 @@ class Steps:
     # --- shardings ---------------------------------------------------------------------------------------------------------
 
     @property
-    def pool_sharding(self) -> jax.sharding.NamedSharding:
+    def pool_sharding(self) -> NamedSharding:
         """Of every pool; prefill and decode read it alike."""
         return self.sharders["decode"](*POOL_AXES)
 
@@ -90,8 +90,8 @@ class Steps:
             out_shardings=(pools, *out_shardings),
         )
 
-    def _drawn(self, shard: Sharder) -> Drawn:
-        return Drawn(shard(None), shard(None), shard("batch", "vocab"))
+    def _drawn(self, shard: Sharder) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
+        return shard(None), shard(None), shard("batch", "vocab")
 
     def _island(self, shard: Sharder, fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
         """`fn` on each device's own shard, axes given by logical names; attention and scatters never communicate."""
@@ -121,10 +121,10 @@ class Steps:
             return island(q, k, v, *pools, plan.table, plan.start, layer), carry
 
         hidden, _, kv = model(plan.tokens, positions, attend, (), shard)
-        pools = self._write(shard, pools, kv, plan.table, plan.start, plan.count)
-        last = jnp.maximum(plan.count - 1, 0)[:, None, None]
+        pools = self._write(shard, pools, kv, plan.table, plan.start, plan.valid)
+        last = jnp.maximum(plan.valid - 1, 0)[:, None, None]
         logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-        token, logprob = sample(logits, plan.sampling, plan.start + plan.count)
+        token, logprob = sample(logits, plan.sampling, plan.start + plan.valid)
         return pools, Drawn(token, logprob, logits), kv
 
     def _write(self, shard: Sharder, pools: Pools, new: Pools, table: jax.Array, start: jax.Array, count: jax.Array) -> Pools:
@@ -193,7 +193,7 @@ class Steps:
     # --- ingest --------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def ingest(self) -> Callable[[jax.Array, jax.Array, IngestPlan], tuple[jax.Array, jax.Array]]:
+    def ingest(self) -> Callable[[jax.Array, Any, IngestPlan], tuple[jax.Array, jax.Array]]:
         """(pool, block [L, R, heads, width], plan) -> (pool, fence). The pool is donated; a ready fence means the block was read."""
         shard = self.sharders["decode"]
         block, address = shard(None, None, "kv_heads", None), shard("pages", None)
@@ -211,5 +211,5 @@ class Steps:
             ingest,
             donate_argnums=(0,),
             in_shardings=(self.pool_sharding, block, IngestPlan(address, address)),
-            out_shardings=(self.pool_sharding, jax.sharding.NamedSharding(shard.mesh, PartitionSpec())),
+            out_shardings=(self.pool_sharding, NamedSharding(shard.mesh, PartitionSpec())),
         )

@@ -46,7 +46,8 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_position"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        for field in (*sizes, "max_position"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InvalidInput(f"model.{field}", value, "a positive integer")

@@ -38,13 +38,9 @@ def init_random(config: ModelConfig, seed: int, shard: Sharder) -> nnx.State:
     return create()
 
 
-def from_flat(config: ModelConfig, arrays: FlatParams, shard: Sharder) -> nnx.State:
-    """Places named host arrays on the mesh as the model's parameters.
-
-    Raises InvalidInput naming the first tensor that is missing, unknown or misshapen, before anything is placed.
-    """
-    _, state = abstract(config)
-    expected = flat_names(state)
+def check_flat(config: ModelConfig, arrays: FlatParams) -> None:
+    """Raises InvalidInput naming the first tensor that is missing, unknown or misshapen for this model."""
+    expected = flat_names(abstract(config)[1])
     if unknown := sorted(set(arrays) - set(expected)):
         raise InvalidInput("checkpoint tensors", unknown, f"only the tensors of {config.name}")
     for name, leaf in expected.items():
@@ -52,6 +48,21 @@ def from_flat(config: ModelConfig, arrays: FlatParams, shard: Sharder) -> nnx.St
             raise InvalidInput("checkpoint tensors", f"no {name}", f"a tensor {name} of shape {leaf.shape}")
         if arrays[name].shape != leaf.shape:
             raise InvalidInput(f"checkpoint tensor {name} shape", arrays[name].shape, f"{leaf.shape}")
-    placed = {n: jax.device_put(np.asarray(arrays[n]).astype(leaf.dtype), shard(*leaf.axes)) for n, leaf in expected.items()}
-    flat = [(path, leaf.replace(placed["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(flat)
+
+
+def from_placed(config: ModelConfig, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """The model's parameters from arrays by name that are already where they belong, in the model's dtype."""
+    state = abstract(config)[1]
+    return nnx.from_flat_state([(path, leaf.replace(arrays["/".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)])
+
+
+def from_flat(config: ModelConfig, arrays: FlatParams, shard: Sharder) -> nnx.State:
+    """Places named host arrays on the mesh as the model's parameters.
+
+    Raises InvalidInput naming the first tensor that is missing, unknown or misshapen, before anything is placed.
+    """
+    check_flat(config, arrays)
+    leaves = flat_names(abstract(config)[1])
+    # copy=False: a second host copy of a large model may not fit.
+    placed = {n: jax.device_put(np.asarray(arrays[n]).astype(leaf.dtype, copy=False), shard(*leaf.axes)) for n, leaf in leaves.items()}
+    return from_placed(config, placed)

@@ -21,7 +21,9 @@ Carry = TypeVar("Carry")
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Carry], tuple[jax.Array, Carry]]
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str, init: Callable[..., jax.Array] | None = None) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str, init: Callable[..., jax.Array] | None = None
+) -> nnx.Param:
     """Declares one parameter: shape, dtype, logical axes (sharding.TABLE) and initializer, all in one place."""
     assert len(shape) == len(axes), (shape, axes)
     init = init or nnx.initializers.normal(0.02)
@@ -37,6 +39,7 @@ class Linear(nnx.Module):
         self.bias = weight(rngs, (layers, out), ("layers", axes[0]), config.dtype, nnx.initializers.zeros) if bias else None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        """Projects the last axis."""
         y = jnp.einsum("bti,oi->bto", x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
@@ -50,6 +53,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; returns x's dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (self.weight[...] * wide.astype(x.dtype)).astype(x.dtype)
@@ -92,6 +96,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config, d, f, ("embed", "mlp"), rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """down(silu(gate x) * up x)."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -107,6 +112,7 @@ class Block(nnx.Module):
     def __call__(
         self, layer: jax.Array, x: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend, carry: Any, shard: Sharder
     ) -> tuple[Float[Array, "B T D"], Any, tuple[jax.Array, jax.Array]]:
+        """Returns the residual stream, the carry, and this layer's new (k, v)."""
         # The residual may be split along the sequence; what enters a projection is whole.
         whole = lambda y: shard.constrain(y, "batch", None, "embed")  # noqa: E731
         residual = lambda y: shard.constrain(y, "batch", "seq", "embed")  # noqa: E731
@@ -122,10 +128,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed = weight(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.dtype)
+        table = (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.dtype
+        self.embed = weight(rngs, *table)
         self.layers = Block(config, rngs)
         self.final_norm = RMSNorm(config, config.hidden_size, "embed", rngs)
-        self.lm_head = None if config.tie_embeddings else weight(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.dtype)
+        self.lm_head = None if config.tie_embeddings else weight(rngs, *table)
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, carry: Any, shard: Sharder
