@@ -1,0 +1,88 @@
+"""What a `--checkpoint` argument names, and the model's shape without its weights. No jax for Hugging Face and Orbax directories."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.hf_config import read_hf_config, read_json
+
+# Written last by checkpoint.save: a directory without it is not a checkpoint.
+MANIFEST = "prfaas_checkpoint.json"
+
+# Resolves the <config> of "random:<config>"; configs lie above models in the house, so the caller brings it.
+RandomConfig = Callable[[str], ModelConfig]
+
+_ACCEPTED = "an Orbax checkpoint saved by this package, a Hugging Face directory, a .gguf file, or random:<model config>[@seed]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights come from. `location` is a path, or the model config's name when random."""
+
+    kind: Literal["orbax", "hf", "gguf", "random"]
+    location: str
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The location as a path."""
+        return Path(self.location)
+
+
+def resolve(text: str | Path) -> Source:
+    """Tells what `text` names; raises InvalidInput saying what is accepted when it is none of it."""
+    text = str(text)
+    if text.startswith("random:"):
+        return _random(text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if (path / MANIFEST).exists():
+            return Source("orbax", str(path))
+        if (path / "config.json").exists():
+            return Source("hf", str(path))
+        if (path / "params").exists():
+            raise InvalidInput("checkpoint", text, f"a finished save ({MANIFEST} is missing, so this one was interrupted)")
+        raise InvalidInput("checkpoint", text, f"{_ACCEPTED}; this directory has neither {MANIFEST} nor config.json")
+    if not path.exists():
+        raise InvalidInput("checkpoint", text, f"{_ACCEPTED}; nothing is there")
+    if path.suffix != ".gguf":
+        raise InvalidInput("checkpoint", text, _ACCEPTED)
+    return Source("gguf", str(path))
+
+
+def read_config(text: str | Path, dtype: str | None = None, random_config: RandomConfig | None = None) -> ModelConfig:
+    """The shape of a checkpoint's model, without its weights.
+
+    Args:
+        text: as for `resolve`.
+        dtype: overrides the dtype in which the weights would be loaded.
+        random_config: resolver of "random:<config>".
+    """
+    source = resolve(text)
+    match source.kind:
+        case "hf":
+            return read_hf_config(source.path, dtype)
+        case "orbax":
+            config = ModelConfig.from_dict(read_json(source.path / MANIFEST)["model"])
+        case "gguf":
+            # Optional dependency, and the one format whose reader needs jax's array types.
+            from prfaas_jax.models.gguf import read_gguf_config
+
+            config = read_gguf_config(source.path)
+        case "random":
+            if random_config is None:
+                raise InvalidInput("checkpoint", str(text), "real weights: random ones are not offered here")
+            config = random_config(source.location)
+    return dataclasses.replace(config, dtype=dtype) if dtype else config
+
+
+def _random(text: str) -> Source:
+    location, at, seed = text.removeprefix("random:").rpartition("@")
+    if not at:
+        location, seed = seed, "0"
+    if not location or not seed.isdecimal() or int(seed) >= 2**31:
+        raise InvalidInput("checkpoint", text, "random:<model config> or random:<model config>@<seed>, with a seed in [0, 2**31)")
+    return Source("random", location, int(seed))
