@@ -90,8 +90,9 @@ class Steps:
             out_shardings=(pools, *out_shardings),
         )
 
-    def _drawn(self, shard: Sharder) -> tuple[NamedSharding, NamedSharding, NamedSharding]:
-        return shard(None), shard(None), shard("batch", "vocab")
+    def _drawn(self, shard: Sharder) -> Drawn:
+        """Shardings in the shape of a Drawn: a plain tuple would not match the tree that the step returns."""
+        return Drawn._make((shard(None), shard(None), shard("batch", "vocab")))
 
     def _island(self, shard: Sharder, fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
         """`fn` on each device's own shard, axes given by logical names; attention and scatters never communicate."""
