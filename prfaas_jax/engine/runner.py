@@ -20,7 +20,7 @@ from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation
 from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_buckets
-from prfaas_jax.sharding import MeshSpec, check_divides, make_mesh
+from prfaas_jax.sharding import MeshSpec, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
 _CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
@@ -32,7 +32,8 @@ def choose_implementation(config: ModelConfig, options: EngineOptions, platform:
         if options.paged_attention not in IMPLEMENTATIONS:
             raise InvalidInput("paged_attention", options.paged_attention, f"one of {IMPLEMENTATIONS}")
         return options.paged_attention
-    name, reason = default_implementation(platform, head_dim=config.head_dim, page_size=options.page_size)
+    group = config.num_heads // config.num_kv_heads
+    name, reason = default_implementation(platform, head_dim=config.head_dim, page_size=options.page_size, group=group)
     logging.info("paged attention: %s (%s)", name, reason)
     return name
 
@@ -40,14 +41,11 @@ def choose_implementation(config: ModelConfig, options: EngineOptions, platform:
 class Runner:
     """One model on one mesh, its pools and its compiled programs.
 
-    Raises InvalidInput when the mesh does not divide the model or the options do not fit it.
+    `build.build_runner` has checked that mesh, options and model fit together.
     """
 
     def __init__(self, config: ModelConfig, options: EngineOptions, params: nnx.State, fingerprint: str, devices: list | None = None):
         spec = MeshSpec.parse(options.mesh)
-        check_divides(config.axis_sizes(), spec, options.attention)
-        if options.max_length > config.max_position:
-            raise InvalidInput("max_length", options.max_length, f"at most max_position={config.max_position} of {config.name}")
         self.config, self.options, self.fingerprint, self.params = config, options, fingerprint, params
         self.spec = cache_spec(config)
         self.shards = spec.data
