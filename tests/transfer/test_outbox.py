@@ -1,0 +1,283 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from transfer_fixtures import SPEC, Cache
+
+from prfaas_jax.errors import Exhausted, InvalidInput, TransferError
+from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
+from prfaas_jax.transfer import wire
+from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket, UnknownTicket
+
+LEASE_S = 30.0
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def read(outbox: Outbox, ticket: Ticket, **kwargs) -> list[tuple[wire.Header, bytes]]:
+    return [(h, bytes(p)) for h, p in map(wire.decode, outbox.messages(ticket.id, ticket.epoch, **kwargs))]
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """Any order of calls: the bytes held are those of the live tickets, streams carry what was put, dead tickets carry nothing."""
+
+    tickets = Bundle("tickets")
+
+    @initialize()
+    def start(self):
+        self.clock = Clock()
+        self.outbox = Outbox(SPEC, SPEC.bytes(20), LEASE_S, self.clock, message_bytes=100)
+        self.live: dict[bytes, dict] = {}
+
+    @rule(target=tickets, length=st.integers(0, 24))
+    def open(self, length):
+        size, held = SPEC.bytes(length), sum(SPEC.bytes(t["length"]) for t in self.live.values() if not t["failed"])
+        if size > SPEC.bytes(20):
+            with pytest.raises(InvalidInput, match="length"):
+                self.outbox.open(length)
+        elif held + size > SPEC.bytes(20):
+            with pytest.raises(Exhausted):
+                self.outbox.open(length)
+        else:
+            ticket = self.outbox.open(length)
+            cache = Cache(SPEC, length)
+            state = {"length": length, "cache": cache, "todo": cache.keys(5), "put": [], "over": False, "failed": False}
+            self.live[ticket.id] = state | {"at": self.clock.now}
+            return ticket
+        return Ticket(b"?" * 16, 1)
+
+    @rule(ticket=tickets)
+    def put(self, ticket):
+        state = self.live.get(ticket.id)
+        if state is None:
+            with pytest.raises(UnknownTicket):
+                self.outbox.put(ticket, Segment(SegmentKey(0, 0, (0, 1), (0, 1), (0, 1)), memoryview(b"")))
+        elif state["todo"]:
+            segment = state["cache"].segment(state["todo"][0])
+            if state["over"] or state["failed"]:
+                with pytest.raises(TransferError):
+                    self.outbox.put(ticket, segment)
+            else:
+                self.outbox.put(ticket, segment)
+                state["put"].append(state["todo"].pop(0))
+                state["at"] = self.clock.now
+
+    @rule(ticket=tickets)
+    def finish(self, ticket):
+        state = self.live.get(ticket.id)
+        if state is None or state["failed"]:
+            with pytest.raises(TransferError):
+                self.outbox.finish(ticket)
+        else:
+            self.outbox.finish(ticket)
+            state["over"], state["at"] = True, self.clock.now
+
+    @rule(ticket=tickets)
+    def fail(self, ticket):
+        self.outbox.fail(ticket, TransferError("engine broke"))
+        if state := self.live.get(ticket.id):
+            state["failed"] = True
+
+    @rule(ticket=tickets)
+    def extend(self, ticket):
+        self.outbox.extend(ticket)
+        if state := self.live.get(ticket.id):
+            state["at"] = self.clock.now
+
+    @rule(ticket=tickets, start=st.integers(0, 5))
+    def fetch(self, ticket, start):
+        state = self.live.get(ticket.id)
+        if state is None or state["failed"]:
+            with pytest.raises(TransferError):
+                read(self.outbox, ticket)
+        elif state["over"]:
+            seen = read(self.outbox, ticket, from_sequence=start)
+            if seen:
+                state["at"] = self.clock.now
+            whole = [
+                (key, bytes(payload[i : i + 100]))
+                for key in state["put"]
+                for payload in [state["cache"].segment(key).payload.cast("B")]
+                for i in range(0, payload.nbytes, 100)
+            ]
+            assert [(h.key, p) for h, p in seen] == whole[start:]
+            assert [h.sequence for h, _ in seen] == list(range(start, len(whole)))
+
+    @rule(ticket=tickets)
+    def stale_epoch(self, ticket):
+        if ticket.id in self.live:
+            with pytest.raises(StaleEpoch):
+                self.outbox.release(ticket.id, ticket.epoch + 1)
+            with pytest.raises(StaleEpoch):
+                read(self.outbox, Ticket(ticket.id, ticket.epoch + 1))
+
+    @rule(ticket=consumes(tickets))
+    def release(self, ticket):
+        for _ in range(2):
+            self.outbox.release(ticket.id, ticket.epoch)
+        self.live.pop(ticket.id, None)
+
+    @rule(seconds=st.floats(0, 20))
+    def wait(self, seconds):
+        self.clock.now += seconds
+
+    @rule()
+    def sweep(self):
+        expired = {id for id, state in self.live.items() if self.clock.now - state["at"] > LEASE_S}
+        assert {ticket.id for ticket in self.outbox.sweep()} == expired
+        for id in expired:
+            del self.live[id]
+
+    @invariant()
+    @precondition(lambda self: hasattr(self, "outbox"))
+    def bytes_are_those_of_live_tickets(self):
+        assert self.outbox.bytes_held == sum(SPEC.bytes(t["length"]) for t in self.live.values() if not t["failed"]) >= 0
+        assert {t.id for t in self.outbox.tickets} == set(self.live)
+
+    def teardown(self):
+        if hasattr(self, "outbox"):
+            self.clock.now += 1000
+            self.outbox.sweep()
+            assert self.outbox.bytes_held == 0
+            assert self.outbox.tickets == ()
+
+
+OutboxMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestOutboxMachine = OutboxMachine.TestCase
+
+
+def test_reader_sees_segments_while_prefill_goes_on():
+    outbox, cache = Outbox(SPEC, 1 << 20), Cache(SPEC, 12)
+    ticket = outbox.open(12)
+    stream = outbox.messages(ticket.id, ticket.epoch, idle_s=5)
+    for key in cache.keys(4):
+        outbox.put(ticket, cache.segment(key))
+        header, payload = wire.decode(next(stream))
+        assert (header.key, payload) == (key, cache.segment(key).payload.cast("B"))
+    timer = threading.Timer(0.05, outbox.finish, [ticket])
+    timer.start()
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("how", ["release", "fail", "sweep"])
+def test_lost_notification_a_waiting_reader_is_woken_when_its_ticket_dies(how):
+    outbox = Outbox(SPEC, 1 << 20, lease_s=0.05)
+    ticket = outbox.open(12)
+
+    def end():
+        time.sleep(0.1)
+        match how:
+            case "release":
+                outbox.release(ticket.id, ticket.epoch)
+            case "fail":
+                outbox.fail(ticket, TransferError("engine broke"))
+            case "sweep":
+                assert outbox.sweep() == (ticket,)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(TransferError, match="engine broke" if how == "fail" else "unknown"):
+        list(outbox.messages(ticket.id, ticket.epoch, idle_s=10))
+    assert time.monotonic() - started < 2
+    thread.join(5)
+
+
+def test_endless_wait_a_reader_of_a_silent_prefill_gives_up_unless_it_is_kept_alive():
+    outbox = Outbox(SPEC, 1 << 20)
+    ticket = outbox.open(12)
+    alive_until = time.monotonic() + 0.6
+
+    def beat():
+        while time.monotonic() < alive_until:
+            outbox.extend(ticket)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(TransferError, match="no sign of life"):
+        list(outbox.messages(ticket.id, ticket.epoch, idle_s=0.3))
+    assert 0.8 < time.monotonic() - alive_until + 0.6 < 3
+    thread.join(5)
+
+
+def test_expired_lease_nothing_is_read_after_release_even_in_mid_segment():
+    outbox, cache = Outbox(SPEC, 1 << 20, message_bytes=16), Cache(SPEC, 4)
+    ticket = outbox.open(4)
+    outbox.put(ticket, cache.segment(cache.keys(4)[0]))
+    stream = outbox.messages(ticket.id, ticket.epoch)
+    next(stream)
+    outbox.release(ticket.id, ticket.epoch)
+    with pytest.raises(UnknownTicket):
+        next(stream)
+    with pytest.raises(UnknownTicket):
+        outbox.put(ticket, cache.segment(cache.keys(4)[1]))
+
+
+def test_progress_of_the_reader_extends_the_lease():
+    clock = Clock()
+    outbox, cache = Outbox(SPEC, 1 << 20, LEASE_S, clock), Cache(SPEC, 12)
+    ticket = outbox.open(12)
+    for key in cache.keys(4):
+        outbox.put(ticket, cache.segment(key))
+    outbox.finish(ticket)
+    for _ in outbox.messages(ticket.id, ticket.epoch):
+        clock.now += LEASE_S - 1
+        assert outbox.sweep() == ()
+    clock.now += 2
+    assert outbox.sweep() == (ticket,)
+
+
+def test_stream_ends_when_its_reader_has_gone():
+    outbox = Outbox(SPEC, 1 << 20)
+    ticket = outbox.open(12)
+    started = time.monotonic()
+    assert list(outbox.messages(ticket.id, ticket.epoch, is_active=lambda: time.monotonic() < started + 0.2)) == []
+    assert time.monotonic() - started < 2
+
+
+def test_zero_length_transfer_ends_at_once():
+    outbox = Outbox(SPEC, 1)
+    ticket = outbox.open(0)
+    outbox.finish(ticket)
+    assert list(outbox.messages(ticket.id, ticket.epoch)) == []
+
+
+def test_bad_segments_are_refused_by_name():
+    outbox, cache = Outbox(SPEC, 1 << 20), Cache(SPEC, 4)
+    ticket = outbox.open(4)
+    keys = cache.keys(4)
+    good = cache.segment(keys[0])
+    with pytest.raises(InvalidInput, match=r"segment\.payload"):
+        outbox.put(ticket, Segment(good.key, good.payload.cast("B")[1:]))
+    with pytest.raises(InvalidInput, match=r"segment\.payload"):
+        outbox.put(ticket, Segment(good.key, memoryview(np.zeros(2 * good.payload.nbytes, np.uint8))[::2]))
+    with pytest.raises(InvalidInput, match=r"segment\.tokens"):
+        outbox.put(ticket, Segment(SegmentKey(0, 0, (0, 1), (0, 5), (0, 4)), good.payload))
+    for key in keys:
+        outbox.put(ticket, cache.segment(key))
+    with pytest.raises(TransferError, match="goes beyond"):
+        outbox.put(ticket, good)
+
+
+@pytest.mark.parametrize("kind", ["window", "state"])
+def test_kinds_that_lanes_cannot_carry_are_refused(kind):
+    spec = CacheSpec((CacheGroup(LayerCache(kind, (TensorSpec("k", 1, 1, "float32"),), 8), (0,)),))
+    with pytest.raises(InvalidInput, match=kind):
+        Outbox(spec, 1 << 20)
+
+
+@pytest.mark.parametrize(("field", "value"), [("capacity_bytes", 0), ("lease_s", 0.0), ("message_bytes", 3 << 20)])
+def test_bad_settings_of_an_outbox_are_named(field, value):
+    with pytest.raises(InvalidInput, match=field):
+        Outbox(SPEC, **{"capacity_bytes": 1 << 20} | {field: value})

@@ -1,0 +1,95 @@
+"""Shared by the transfer tests: a small cache, random bytes for it, and ways to cut it up."""
+
+import itertools
+import random
+import threading
+
+import numpy as np
+
+from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
+from prfaas_jax.transfer.assembly import VIEW_DTYPES
+
+GQA = LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "bfloat16")))
+MLA = LayerCache("paged", (TensorSpec("latent", 1, 12, "float32"),))
+SPEC = CacheSpec((CacheGroup(GQA, (0, 2, 3)), CacheGroup(MLA, (1,))))
+
+
+def wide_spec(layers: int = 4) -> CacheSpec:
+    """2 KiB per token, layer and tensor: megabytes in few segments."""
+    cache = LayerCache("paged", (TensorSpec("k", 8, 128, "bfloat16"), TensorSpec("v", 8, 128, "bfloat16")))
+    return CacheSpec((CacheGroup(cache, tuple(range(layers))),))
+
+
+class Cache:
+    """Random bytes of a whole request, `[layers, tokens, heads, width]` per (group, tensor)."""
+
+    def __init__(self, spec: CacheSpec, length: int, seed: int = 0):
+        self.spec, self.length = spec, length
+        rng = np.random.default_rng(seed)
+        self.tensors = {
+            (g, t): rng.integers(0, 256, (len(group.layers), length, tensor.heads, tensor.token_bytes // tensor.heads), np.uint8).view(
+                VIEW_DTYPES[tensor.dtype]
+            )
+            for g, group in enumerate(spec.groups)
+            for t, tensor in enumerate(group.cache.tensors)
+        }
+
+    def segment(self, key: SegmentKey) -> Segment:
+        piece = self.tensors[key.group, key.tensor][tuple(slice(*r) for r in (key.layers, key.tokens, key.heads))]
+        return Segment(key, memoryview(np.ascontiguousarray(piece)))
+
+    def keys(self, chunk: int, layer_step: int = 10**6, shards: int = 1) -> list[SegmentKey]:
+        """Chunk by chunk, every tensor in layer steps and head slices."""
+        keys = []
+        for start in range(0, self.length, chunk):
+            for (g, t), array in self.tensors.items():
+                layers, _, heads, _ = array.shape
+                slices = min(shards, heads)
+                for layer in range(0, layers, layer_step):
+                    for s in range(slices):
+                        tokens = (start, min(self.length, start + chunk))
+                        head_range = (s * heads // slices, (s + 1) * heads // slices)
+                        keys.append(SegmentKey(g, t, (layer, min(layers, layer + layer_step)), tokens, head_range))
+        return keys
+
+    def random_keys(self, rng: random.Random) -> list[SegmentKey]:
+        """Any disjoint cover: random token, layer and head cuts, different for every tensor and every token range."""
+        keys = []
+        for (g, t), array in self.tensors.items():
+            layers, tokens, heads, _ = array.shape
+            for token_range in _cuts(rng, tokens):
+                for layer_range in _cuts(rng, layers):
+                    keys += [SegmentKey(g, t, layer_range, token_range, head_range) for head_range in _cuts(rng, heads)]
+        return keys
+
+
+def _cuts(rng: random.Random, size: int) -> list[tuple[int, int]]:
+    inner = sorted(rng.sample(range(1, size), rng.randint(0, min(3, size - 1)))) if size > 1 else []
+    edges = [0, *inner, size]
+    return list(itertools.pairwise(edges))
+
+
+class Sink:
+    """An on_block that writes into a cache of its own; every byte may be written once."""
+
+    def __init__(self, spec: CacheSpec, length: int):
+        self.cache = Cache(spec, length, seed=-1 % 2**32)
+        self.written = {at: np.zeros(array.shape, np.uint8) for at, array in self.cache.tensors.items()}
+        self.lock = threading.Lock()
+        self.blocks = 0
+
+    def __call__(self, key, block, done):
+        at = key.group, key.tensor
+        place = tuple(slice(*r) for r in (key.layers, key.tokens, key.heads))
+        with self.lock:
+            assert block.dtype == self.cache.tensors[at].dtype
+            self.cache.tensors[at][place] = block
+            self.written[at][place] += 1
+            self.blocks += 1
+        done()
+
+    def check(self, sent: Cache) -> None:
+        for at, array in sent.tensors.items():
+            assert (self.written[at] == 1).all()
+            np.testing.assert_array_equal(self.cache.tensors[at].view(np.uint8), array.view(np.uint8))
