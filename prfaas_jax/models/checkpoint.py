@@ -21,7 +21,7 @@ from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.digest import weights_digest
 from prfaas_jax.models.hf_config import read_hf_eos_ids, read_json
 from prfaas_jax.models.params import FlatParams, abstract, check_flat, flat_names, from_flat, from_placed, init_random
-from prfaas_jax.models.source import MANIFEST, RandomConfig, read_config, resolve
+from prfaas_jax.models.source import MANIFEST, RandomConfig, open_gguf, read_config, resolve
 from prfaas_jax.sharding import MeshSpec, Sharder, check_divides
 
 if TYPE_CHECKING:
@@ -107,35 +107,30 @@ def load(
     Raises InvalidInput naming what does not fit: the path, an option of the model, a tensor, the mesh.
     """
     source = resolve(path)
-    config = read_config(path, dtype, random_config)
+    # Parsing a GGUF's vocabulary takes seconds, so the file is opened once.
+    gguf = open_gguf(source.path) if source.kind == "gguf" else None
+    config = gguf.config(dtype) if gguf else read_config(path, dtype, random_config)
     check_divides(config.axis_sizes(), MeshSpec(**shard.mesh.shape), shard.attention)
-    match source.kind:
-        case "random":
-            # The seed stands for the weights: their last bits may differ between platforms.
-            identity = f"random {source.seed}"
-            return Loaded(config, init_random(config, source.seed, shard), None, (), _fingerprint(config, identity))
-        case "orbax":
-            params, eos_ids = _restore(source.path, config, shard)
-            tokenizer_path = source.path if (source.path / "tokenizer.json").exists() else None
-        case "hf":
-            from prfaas_jax.models.hf import read_hf  # safetensors is an optional dependency
+    if source.kind == "random":
+        # The seed stands for the weights: their last bits may differ between platforms.
+        params = init_random(config, source.seed, shard)
+        return Loaded(config, params, None, (), _fingerprint(config, f"random {source.seed}"))
+    if gguf:
+        params, eos_ids = from_flat(config, gguf.weights(config, progress), shard), gguf.eos_ids()
+    elif source.kind == "hf":
+        from prfaas_jax.models.hf import read_hf  # safetensors is an optional dependency
 
-            params = from_flat(*read_hf(source.path, dtype), shard)
-            eos_ids = read_hf_eos_ids(source.path)
-            tokenizer_path = source.path if (source.path / "tokenizer.json").exists() else None
-        case "gguf":
-            from prfaas_jax.models.gguf import read_gguf, read_gguf_eos_ids  # gguf is an optional dependency
-
-            params = from_flat(*read_gguf(source.path, dtype, progress), shard)
-            eos_ids = read_gguf_eos_ids(source.path)
-            tokenizer_path = source.path
+        params, eos_ids = from_flat(config, read_hf(source.path, dtype)[1], shard), read_hf_eos_ids(source.path)
+    else:
+        params, eos_ids = _restore(source.path, config, shard), tuple(read_json(source.path / MANIFEST)["eos_ids"])
+    has_tokenizer = gguf is not None or (source.path / "tokenizer.json").exists()
     digest = weights_digest(_arrays(params))
     if source.kind == "orbax":
         _check_digest(source.path, config, digest)
-    return Loaded(config, params, tokenizer_path, eos_ids, _fingerprint(config, digest))
+    return Loaded(config, params, source.path if has_tokenizer else None, eos_ids, _fingerprint(config, digest))
 
 
-def _restore(path: Path, config: ModelConfig, shard: Sharder) -> tuple[nnx.State, tuple[int, ...]]:
+def _restore(path: Path, config: ModelConfig, shard: Sharder) -> nnx.State:
     leaves = flat_names(abstract(config)[1])
     target = _nested({n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shard(*leaf.axes)) for n, leaf in leaves.items()})
     with ocp.StandardCheckpointer() as checkpointer:
@@ -143,8 +138,7 @@ def _restore(path: Path, config: ModelConfig, shard: Sharder) -> tuple[nnx.State
             tree = checkpointer.restore(path.absolute() / "params", target)
         except (OSError, ValueError, KeyError) as e:
             raise InvalidInput("checkpoint", str(path), f"parameters that fit its own {MANIFEST} ({e})") from e
-    arrays = {n: _at(tree, n) for n in leaves}
-    return from_placed(config, arrays), tuple(read_json(path / MANIFEST)["eos_ids"])
+    return from_placed(config, {n: _at(tree, n) for n in leaves})
 
 
 def _check_digest(path: Path, config: ModelConfig, digest: str) -> None:

@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.hf_config import read_hf_config, read_json
+
+if TYPE_CHECKING:
+    from prfaas_jax.models.gguf import GgufFile
 
 # Written last by checkpoint.save: a directory without it is not a checkpoint.
 MANIFEST = "prfaas_checkpoint.json"
@@ -68,15 +71,19 @@ def read_config(text: str | Path, dtype: str | None = None, random_config: Rando
         case "orbax":
             config = ModelConfig.from_dict(read_json(source.path / MANIFEST)["model"])
         case "gguf":
-            # Optional dependency, and the one format whose reader needs jax's array types.
-            from prfaas_jax.models.gguf import read_gguf_config
-
-            config = read_gguf_config(source.path)
+            return open_gguf(source.path).config(dtype)
         case "random":
             if random_config is None:
                 raise InvalidInput("checkpoint", str(text), "real weights: random ones are not offered here")
             config = random_config(source.location)
     return dataclasses.replace(config, dtype=dtype) if dtype else config
+
+
+def open_gguf(path: Path) -> "GgufFile":
+    """Opens a GGUF file; the package that reads it is an optional dependency, so it is imported only here."""
+    from prfaas_jax.models.gguf import GgufFile
+
+    return GgufFile(path)
 
 
 def _random(text: str) -> Source:
