@@ -1,15 +1,21 @@
 """Tokens into and out of a paged pool, all layers at once.
 
-The pool's page axis is viewed as [L, P], so that one index (page, offset) addresses a token in every layer and kv head: R indices
-with windows [K, L, H] instead of L * R small ones.
+Pages of all layers form one axis of tokens, so each (layer, token) is one index with a window [K, H], in the order of the
+canonical layout [L, R, K, H]: no transposed copy on either way, and the fastest of the variants measured on CPU.
 """
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def _by_layer(pool: Array, pages_per_layer: int) -> Array:
-    kv_heads, pages, page_size, head_dim = pool.shape
-    return pool.reshape(kv_heads, pages // pages_per_layer, pages_per_layer, page_size, head_dim)
+def _token_ids(
+    pool: Float[Array, "K X page_size H"], page: Int[Array, " R"], offset: Int[Array, " R"], pages_per_layer: int
+) -> Int[Array, "L R 1"]:
+    """Index of each token in the pool's flattened [X * page_size] axis."""
+    _, pages, page_size, _ = pool.shape
+    layer = jnp.arange(pages // pages_per_layer, dtype=jnp.int32)[:, None]
+    return ((layer * pages_per_layer + page) * page_size + offset)[..., None]
 
 
 def write_tokens(
@@ -20,14 +26,16 @@ def write_tokens(
     *,
     pages_per_layer: int,
 ) -> Float[Array, "K X page_size H"]:
-    """Writes token r of every layer at (page[r], offset[r]) of that layer; in place when the pool is donated.
+    """Writes token r of every layer at (page[r], offset[r]) of that layer: ONE scatter, in place when the pool is donated.
 
     Padded rows point at page 0, where they may collide. Indices must be in range: 0 <= page < pages_per_layer,
     0 <= offset < page_size (unchecked: the engine's plan guarantees it).
     """
-    tokens = new.astype(pool.dtype).transpose(2, 0, 1, 3)
-    layers = _by_layer(pool, pages_per_layer)
-    return layers.at[:, :, page, offset].set(tokens, mode="promise_in_bounds").reshape(pool.shape)
+    kv_heads, _, _, head_dim = pool.shape
+    windows = jax.lax.ScatterDimensionNumbers(update_window_dims=(2, 3), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,))
+    ids = _token_ids(pool, page, offset, pages_per_layer)
+    tokens = pool.reshape(kv_heads, -1, head_dim)
+    return jax.lax.scatter(tokens, ids, new.astype(pool.dtype), windows, mode="promise_in_bounds").reshape(pool.shape)
 
 
 def gather_tokens(
@@ -38,7 +46,7 @@ def gather_tokens(
     pages_per_layer: int,
 ) -> Float[Array, "L R K H"]:
     """The inverse of `write_tokens`: token r of every layer, read at (page[r], offset[r]); the canonical export layout."""
-    tokens = _by_layer(pool, pages_per_layer).at[:, :, page, offset].get(mode="promise_in_bounds")
-    return tokens.transpose(1, 2, 0, 3)
-
-
+    kv_heads, _, _, head_dim = pool.shape
+    windows = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3), collapsed_slice_dims=(1,), start_index_map=(1,))
+    ids = _token_ids(pool, page, offset, pages_per_layer)
+    return jax.lax.gather(pool.reshape(kv_heads, -1, head_dim), ids, windows, (kv_heads, 1, head_dim), mode="promise_in_bounds")

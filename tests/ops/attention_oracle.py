@@ -31,6 +31,17 @@ class PagedCase:
     layer: int
     pages_per_layer: int
     page_size: int
+    tail: float
+
+
+def set_row(case: PagedCase, row: int, k: np.ndarray, v: np.ndarray) -> None:
+    """Gives a row new k and v, and writes what is cached of them into the row's pages."""
+    case.k[row], case.v[row] = k, v
+    length, ids = case.cached[row], case.layer * case.pages_per_layer + case.table[row][case.table[row] > 0]
+    for pool, x in ((case.k_pool, k), (case.v_pool, v)):
+        flat = np.full((len(ids) * case.page_size, *x.shape[1:]), case.tail, pool.dtype)
+        flat[:length] = x[:length]
+        pool[:, ids] = flat.reshape(len(ids), case.page_size, *x.shape[1:]).transpose(2, 0, 1, 3)
 
 
 def paged_case(
@@ -45,6 +56,7 @@ def paged_case(
     layers: int = 3,
     layer: int = 1,
     table_width: int | None = None,
+    pages_per_layer: int | None = None,
     garbage: float = np.nan,
     tail: float = np.nan,
     dummy: float = 0.0,
@@ -55,22 +67,18 @@ def paged_case(
     `dummy` page 0 of each layer.
     """
     owned = [-(-(n + new) // page_size) for n in cached]
-    width = table_width or max(*owned, 1)
-    pages_per_layer = 1 + sum(owned) + 3
-    shape = (kv_heads, layers * pages_per_layer, page_size, head_dim)
-    pools = [np.full(shape, garbage, dtype) for _ in range(2)]
+    pages_per_layer = pages_per_layer or 1 + sum(owned) + 3
+    pools = [np.full((kv_heads, layers * pages_per_layer, page_size, head_dim), garbage, dtype) for _ in range(2)]
     for pool in pools:
-        pool[:, :: pages_per_layer] = dummy
+        pool[:, ::pages_per_layer] = dummy
     free = list(rng.permutation(np.arange(1, pages_per_layer)))
-    table = np.zeros((len(cached), width), np.int32)
-    full: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    table = np.zeros((len(cached), table_width or max([*owned, 1])), np.int32)
+    none: list[np.ndarray] = [np.empty(0)] * len(cached)
+    case = PagedCase(
+        none, list(none), pools[0], pools[1], table, np.array(cached, np.int32), layer, pages_per_layer, page_size, tail
+    )
     for row, (length, pages) in enumerate(zip(cached, owned, strict=True)):
         table[row, :pages] = [free.pop() for _ in range(pages)]
-        for pool, rows in zip(pools, full, strict=True):
-            x = rng.standard_normal((length + new, kv_heads, head_dim)).astype(dtype)
-            rows.append(x)
-            flat = np.full((pages * page_size, kv_heads, head_dim), tail, dtype)
-            flat[:length] = x[:length]
-            ids = layer * pages_per_layer + table[row, :pages]
-            pool[:, ids] = flat.reshape(pages, page_size, kv_heads, head_dim).transpose(2, 0, 1, 3)
-    return PagedCase(*full, *pools, table, np.array(cached, np.int32), layer, pages_per_layer, page_size)
+        k, v = (rng.standard_normal((length + new, kv_heads, head_dim)).astype(dtype) for _ in range(2))
+        set_row(case, row, k, v)
+    return case
