@@ -1,4 +1,7 @@
-"""Regenerates the committed `_pb2` modules (needs grpcio-tools): `python -m prfaas_jax.serving.proto.generate`."""
+"""Regenerates the committed `_pb2` modules: `python -m prfaas_jax.serving.proto.generate`.
+
+Generated code runs on the grpcio and protobuf that made it or newer, so make it with grpcio-tools 1.75, the oldest that is supported.
+"""
 
 import pathlib
 import sys

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback")
+    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback", "ignore_eos")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class GenerateRequest(_message.Message):
     WANT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     ALLOW_FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     token_ids: TokenIds
     text: str
     chat: Chat
@@ -27,7 +28,8 @@ class GenerateRequest(_message.Message):
     want_logits: bool
     placement: Placement
     allow_fallback: bool
-    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: _Optional[bool] = ...) -> None: ...
+    ignore_eos: bool
+    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: bool = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: bool = ..., ignore_eos: bool = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -176,7 +178,7 @@ class GenerationStatus(_message.Message):
     served: _containers.ScalarMap[str, int]
     failed: _containers.ScalarMap[str, int]
     backends: _containers.RepeatedCompositeFieldContainer[Backend]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: _Optional[bool] = ..., has_tokenizer: _Optional[bool] = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ...) -> None: ...
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("role", "address", "healthy", "why", "engine")
@@ -190,4 +192,4 @@ class Backend(_message.Message):
     healthy: bool
     why: str
     engine: _common_pb2.EngineStatus
-    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: _Optional[bool] = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ...) -> None: ...
+    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ...) -> None: ...

@@ -21,7 +21,7 @@ class PrefillRequest(_message.Message):
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.Sampling
     want_logits: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: _Optional[bool] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: bool = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "progress", "segment_ready", "first_token", "done", "failed")
@@ -45,11 +45,11 @@ class Accepted(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
-    ticket: str
+    ticket: bytes
     epoch: int
     manifest: Manifest
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
-    def __init__(self, ticket: _Optional[str] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("length", "bytes", "groups")
@@ -138,9 +138,9 @@ class ReleaseRequest(_message.Message):
     __slots__ = ("ticket", "epoch")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    ticket: str
+    ticket: bytes
     epoch: int
-    def __init__(self, ticket: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ReleaseReply(_message.Message):
     __slots__ = ()
@@ -164,4 +164,4 @@ class PrefillStatus(_message.Message):
     staged_bytes: int
     streams: int
     draining: bool
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: bool = ...) -> None: ...

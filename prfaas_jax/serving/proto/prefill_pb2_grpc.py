@@ -6,7 +6,7 @@ import warnings
 from prfaas_jax.serving.proto import common_pb2 as prfaas__jax_dot_serving_dot_proto_dot_common__pb2
 from prfaas_jax.serving.proto import prefill_pb2 as prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.75.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -19,14 +19,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in prfaas_jax/serving/proto/prefill_pb2_grpc.py depends on'
+        + f' but the generated code in prfaas_jax/serving/proto/prefill_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class PrefillStub:
+class PrefillStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -52,7 +52,7 @@ class PrefillStub:
                 _registered_method=True)
 
 
-class PrefillServicer:
+class PrefillServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
@@ -101,7 +101,7 @@ def add_PrefillServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Prefill:
+class Prefill(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

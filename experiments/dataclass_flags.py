@@ -1,0 +1,41 @@
+"""Flags from the options dataclasses of the library: one per field, helped by the field's line in the docstring."""
+
+import dataclasses
+import inspect
+import re
+import typing
+from typing import Any, TypeVar
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+T = TypeVar("T")
+
+_DEFINE: dict[type, Any] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+
+
+def define(cls: type) -> None:
+    """Defines a flag for every field of an options dataclass; fields without a default become required flags."""
+    hints, helps = typing.get_type_hints(cls), _attribute_docs(cls)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING
+        default: Any = None if required else field.default
+        kind = next(k for k in (typing.get_args(hints[field.name]) or (hints[field.name],)) if k is not type(None))
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            flags.DEFINE_enum(field.name, default, typing.get_args(hints[field.name]), helps[field.name])
+        else:
+            _DEFINE[kind](field.name, default, helps[field.name])
+        if required:
+            flags.mark_flag_as_required(field.name)
+
+
+def read(cls: type[T]) -> T:
+    """The dataclass as the parsed flags have it; raises InvalidInput as its own checks do."""
+    return cls(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """Field name -> its text in the docstring's "Attributes:" section."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in entries}

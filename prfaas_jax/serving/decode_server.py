@@ -1,0 +1,85 @@
+"""The decode server: the Generation service over one decode engine."""
+
+import asyncio
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from prfaas_jax.engine import api
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.serving import messages
+from prfaas_jax.serving.front import FrontOptions, GenerationFront
+from prfaas_jax.serving.generation import Generation, Progress, Site, Write
+from prfaas_jax.serving.proto import common_pb2, generation_pb2
+from prfaas_jax.serving.remote_prefill import PrefillPeers
+from prfaas_jax.serving.text import TextCodec
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeServerOptions(FrontOptions):
+    """Where a decode server listens and what it bounds; the engine's own queue is bounded by its own options.
+
+    Attributes:
+        address: host:port; port 0 takes any free one.
+        max_requests: Generate calls served at once; more are refused.
+        max_request_s: deadline of a request whose client set none, and the longest that any may take.
+        deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
+        insecure: allow an address that others than this machine can reach; there is no TLS yet.
+        idle_s: a remote prefill without any sign of life for so long has failed.
+        max_staging_bytes: received KV of one request that waits for its scatter.
+    """
+
+    idle_s: float = 2.5
+    max_staging_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("idle_s", "max_staging_bytes"):
+            if not getattr(self, field) > 0:
+                raise InvalidInput(field, getattr(self, field), "a positive number")
+
+
+class DecodeServer(GenerationFront):
+    """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
+
+    def __init__(
+        self, engine: api.DecodeEngine, tokenizer: TextCodec | None, options: DecodeServerOptions, eos_ids: tuple[int, ...] = ()
+    ):
+        """`eos_ids` stop every generation that does not ask to ignore them."""
+        super().__init__(options)
+        self._engine, self._tokenizer = engine, tokenizer
+        # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
+        self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
+        self._peers = PrefillPeers()
+        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, options.idle_s, options.max_staging_bytes)
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's, which both sides must share."""
+        return self._engine.fingerprint
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
+        await super().stop(grace_s)
+        await self._peers.close()
+        await asyncio.to_thread(self._executor.shutdown)
+
+    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
+        """See generation.proto."""
+        status = await super().Status(request, context)
+        status.engine.CopyFrom(messages.status_to_proto(self._engine.status()))
+        status.model_fingerprint = self._engine.fingerprint
+        status.cache_fingerprint = self._engine.spec.fingerprint()
+        status.has_tokenizer = self._tokenizer is not None
+        return status
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
+    ) -> generation_pb2.Usage:
+        generation = Generation(self._site, request, arrived, deadline, write, progress)
+        try:
+            usage = await generation.run()
+        finally:
+            self._fallbacks += generation.fallback is not None
+        usage.decode_address = self.address
+        return usage

@@ -1,0 +1,258 @@
+"""The prefill server: prompts come in on the control plane, their cache leaves on the lanes."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import grpc
+from absl import logging
+
+from prfaas_jax.engine import api
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
+from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.serving import messages
+from prfaas_jax.serving.control_plane import ControlPlane
+from prfaas_jax.serving.endpoint import check_listen, parse_address
+from prfaas_jax.serving.events import EventQueue
+from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.transfer.lane import LaneServer
+from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket
+from prfaas_jax.transfer.wire import PROTOCOL_VERSION
+
+SERVICE = "prfaas.v1.Prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillServerOptions:
+    """Where a prefill server listens and what it bounds.
+
+    Attributes:
+        address: host:port of the control plane; port 0 takes any free one.
+        lane_address: host:port of the lane that KV is fetched from.
+        advertise_lane: what peers are told to fetch from instead of `lane_address`, e.g. a relay or a public name.
+        staging_bytes: KV computed and not yet fetched, all requests together; beyond it prompts are refused.
+        max_requests: control streams served at once; the engine's own queue is bounded by its own options.
+        max_streams: lane streams served at once.
+        lease_s: a ticket that nobody fetches from for so long is dropped.
+        heartbeat_s: silence on a control stream is broken this often.
+        insecure: allow addresses that others than this machine can reach; there is no TLS yet.
+    """
+
+    address: str = "127.0.0.1:0"
+    lane_address: str = "127.0.0.1:0"
+    advertise_lane: str | None = None
+    staging_bytes: int = 1 << 30
+    max_requests: int = 64
+    max_streams: int = 64
+    lease_s: float = 30.0
+    heartbeat_s: float = 0.5
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        check_listen("address", self.address, self.insecure)
+        check_listen("lane_address", self.lane_address, self.insecure)
+        if self.advertise_lane is not None:
+            parse_address("advertise_lane", self.advertise_lane)
+        for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s"):
+            if not getattr(self, field) > 0:
+                raise InvalidInput(field, getattr(self, field), "a positive number")
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One prompt being served: its ticket, what its engine says, and what has been staged (engine thread only)."""
+
+    ticket: Ticket
+    job: api.Job
+    events: EventQueue[api.Event | SegmentKey]
+    segments: int = 0
+    bytes: int = 0
+
+
+class PrefillServer(prefill_pb2_grpc.PrefillServicer):
+    """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
+
+    def __init__(self, engine: api.PrefillEngine, options: PrefillServerOptions):
+        self._engine = engine
+        self._options = options
+        self._outbox = Outbox(engine.spec, options.staging_bytes, options.lease_s, time.monotonic)
+        self._lanes = LaneServer(self._outbox, options.lane_address, options.max_streams)
+        self._plane = ControlPlane(options.address, SERVICE)
+        self._streams: dict[str, _Stream] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port of the control plane, as bound."""
+        return self._plane.address
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's, which both sides must share."""
+        return self._engine.fingerprint
+
+    @property
+    def lane_address(self) -> str:
+        """What peers are told to fetch from."""
+        return self._options.advertise_lane or self._lanes.address
+
+    async def start(self) -> None:
+        """Binds both ports and serves; raises InvalidInput naming an address that cannot be bound."""
+        try:
+            self._plane.bind(lambda server: prefill_pb2_grpc.add_PrefillServicer_to_server(self, server))
+        except InvalidInput:
+            self._lanes.stop(0)
+            raise
+        self._lanes.start()
+        await self._plane.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
+        # A ticket outlives its control stream until its KV has been fetched.
+        await self._plane.stop(grace_s, lambda: len(self._streams) or len(self._outbox.tickets))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait({self._sweeper})
+        await asyncio.to_thread(self._lanes.stop, 0)
+
+    # --- the service ---------------------------------------------------------------------------------------------------------
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> None:
+        """See prefill.proto."""
+        if self._plane.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this prefill server is shutting down")
+        try:
+            stream = self._open(request)
+        except PrfaasError as error:
+            await context.abort(messages.code_of(error), str(error))
+        done = False
+        try:
+            await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream)))
+            done = await self._relay(stream, context)
+        finally:
+            # Also on cancellation, disconnection and deadline: nothing of a request that will not be fetched stays behind.
+            self._streams.pop(stream.job.ticket, None)
+            if not done:
+                self._engine.cancel(stream.job.ticket)
+                self._outbox.release(stream.ticket.id, stream.ticket.epoch)
+
+    async def Release(self, request: prefill_pb2.ReleaseRequest, context: Any) -> prefill_pb2.ReleaseReply:
+        """See prefill.proto."""
+        try:
+            self._outbox.release(request.ticket, request.epoch)
+        except StaleEpoch as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return prefill_pb2.ReleaseReply()
+
+    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> prefill_pb2.PrefillStatus:
+        """See prefill.proto."""
+        return prefill_pb2.PrefillStatus(
+            engine=messages.status_to_proto(self._engine.status()),
+            model_fingerprint=self._engine.fingerprint,
+            cache_fingerprint=self._engine.spec.fingerprint(),
+            protocol_version=PROTOCOL_VERSION,
+            tickets=len(self._outbox.tickets),
+            staged_bytes=self._outbox.bytes_held,
+            streams=len(self._streams),
+            draining=self._plane.draining,
+        )
+
+    # --- one prompt ----------------------------------------------------------------------------------------------------------
+
+    def _open(self, request: prefill_pb2.PrefillRequest) -> _Stream:
+        """Handshake, then a ticket, then the engine's queue; raises what `code_of` maps."""
+        messages.check_peer(
+            [
+                ("protocol_version", PROTOCOL_VERSION, request.protocol_version),
+                ("model_fingerprint", self._engine.fingerprint, request.model_fingerprint),
+                ("cache_fingerprint", self._engine.spec.fingerprint(), request.cache_fingerprint),
+            ]
+        )
+        # The decode side stops the generation; here one token is drawn.
+        sampling = messages.sampling_from_proto(request.sampling, 1, request.want_logits)
+        if not request.prompt:
+            raise InvalidInput("prompt", (), "at least one token id")
+        if len(self._streams) >= self._options.max_requests:
+            raise Exhausted(f"{len(self._streams)} prompts are being served (max_requests={self._options.max_requests})")
+        ticket = self._outbox.open(len(request.prompt))
+        job = api.Job(ticket.hex, tuple(request.prompt), sampling)
+        stream = _Stream(ticket, job, EventQueue())
+        try:
+            self._engine.submit(job, lambda event: self._on_event(stream, event))
+        except BaseException:
+            self._outbox.release(ticket.id, ticket.epoch)
+            raise
+        self._streams[job.ticket] = stream
+        return stream
+
+    def _accepted(self, stream: _Stream) -> prefill_pb2.Accepted:
+        epoch = stream.ticket.epoch
+        return prefill_pb2.Accepted(
+            ticket=stream.ticket.id,
+            epoch=epoch,
+            manifest=messages.manifest(self._engine.spec, len(stream.job.prompt)),
+            lanes=[prefill_pb2.Lane(address=self.lane_address, epoch=epoch)],
+        )
+
+    def _on_event(self, stream: _Stream, event: api.Event) -> None:
+        """The engine's sink, on the engine's thread: KV goes to the outbox, word of it to the control stream."""
+        try:
+            match event:
+                case api.SegmentReady(segment):
+                    self._outbox.put(stream.ticket, segment)
+                    stream.segments += 1
+                    stream.bytes += segment.payload.nbytes
+                    stream.events.push(segment.key)
+                    return
+                case api.PrefillDone():
+                    self._outbox.finish(stream.ticket)
+                case api.Failed(error):
+                    self._outbox.fail(stream.ticket, error)
+        except PrfaasError as error:
+            # The ticket is gone (cancelled, swept) or was overfilled: that is this request's end, not the engine's.
+            self._engine.cancel(stream.job.ticket)
+            event = api.Failed(error)
+        stream.events.push(event)
+
+    async def _relay(self, stream: _Stream, context: Any) -> bool:
+        """Engine events to the control stream until a terminal one; returns whether the whole cache was handed out."""
+        tokens = 0
+        while True:
+            # Nothing said for a heartbeat: repeat the last progress, which also tells the peer that somebody is there.
+            item: api.Event | SegmentKey = api.PrefillProgress(tokens)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.heartbeat_s):
+                    try:
+                        item, _ = await stream.events.get()
+                    except Exhausted as overflow:
+                        item = api.Failed(overflow)
+            match item:
+                case SegmentKey():
+                    await context.write(prefill_pb2.PrefillEvent(segment_ready=messages.key_to_proto(item)))
+                case api.PrefillProgress(tokens):
+                    self._outbox.extend(stream.ticket)
+                    await context.write(prefill_pb2.PrefillEvent(progress=prefill_pb2.Progress(tokens=tokens)))
+                case api.PrefillDone(first, queue_s, compute_s):
+                    token = prefill_pb2.FirstToken(token=messages.token_to_proto(first))
+                    await context.write(prefill_pb2.PrefillEvent(first_token=token))
+                    done = prefill_pb2.Done(segments=stream.segments, bytes=stream.bytes, queue_s=queue_s, prefill_s=compute_s)
+                    await context.write(prefill_pb2.PrefillEvent(done=done))
+                    return True
+                case api.Failed(error):
+                    failed = prefill_pb2.Failed(code=messages.code_of(error).name, message=str(error))
+                    await context.write(prefill_pb2.PrefillEvent(failed=failed))
+                    return False
+                case api.Finished(reason):
+                    failed = prefill_pb2.Failed(code="CANCELLED", message=f"the prefill ended early: {reason}")
+                    await context.write(prefill_pb2.PrefillEvent(failed=failed))
+                    return False
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._options.lease_s / 4))
+            for ticket in self._outbox.sweep():
+                self._engine.cancel(ticket.hex)
+                logging.warning("ticket %s was dropped: nobody fetched from it for %.1f s", ticket.hex, self._options.lease_s)

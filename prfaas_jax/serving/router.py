@@ -1,0 +1,134 @@
+"""The router: one policy decides where each request's prompt is prefilled; its decode server is told, and is held to it."""
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.policies import Placement, Policy, Request
+from prfaas_jax.serving.backends import Backends
+from prfaas_jax.serving.front import FrontOptions, GenerationFront
+from prfaas_jax.serving.generation import Progress, Write
+from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
+from prfaas_jax.serving.text import TextCodec, encode_prompt
+from prfaas_jax.serving.usage import InvalidRun
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterOptions(FrontOptions):
+    """Where a router listens and what stands behind it.
+
+    Attributes:
+        address: host:port; port 0 takes any free one.
+        max_requests: Generate calls served at once; more are refused.
+        max_request_s: deadline of a request whose client set none, and the longest that any may take.
+        deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
+        insecure: allow an address that others than this machine can reach; there is no TLS yet.
+        decode: addresses of decode servers, comma separated; at least one.
+        prefill: addresses of prefill servers, comma separated; may be empty.
+        poll_s: how often each server is asked for its status; one that does not answer within twice that is unhealthy.
+    """
+
+    decode: str = ""
+    prefill: str = ""
+    poll_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.poll_s > 0:
+            raise InvalidInput("poll_s", self.poll_s, "a positive number")
+
+
+class Router(GenerationFront):
+    """Serves Generate by forwarding it. `start` and `stop` run on the event loop that serves."""
+
+    def __init__(self, policy: Policy, tokenizer: TextCodec | None, options: RouterOptions):
+        """With a tokenizer, text is turned into token ids here, once; without one, prompts must come as token ids.
+
+        Raises InvalidInput for malformed or repeated addresses, or no decode server.
+        """
+        super().__init__(options)
+        self._policy, self._tokenizer, self._margin_s = policy, tokenizer, options.deadline_margin_s
+        self._backends = Backends(_addresses(options.prefill), _addresses(options.decode), options.poll_s)
+
+    async def start(self) -> None:
+        """Binds, asks every server once and serves; raises InvalidInput naming an address that cannot be bound."""
+        await super().start()
+        await self._backends.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
+        await super().stop(grace_s)
+        await self._backends.stop()
+
+    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
+        """See generation.proto."""
+        status = await super().Status(request, context)
+        status.has_tokenizer = self._tokenizer is not None
+        status.backends.extend(self._backends.report())
+        return status
+
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
+    ) -> generation_pb2.Usage:
+        placement = await self._place(request, arrived)
+        progress.phase = f"generation by {placement.decode}"
+        usage = await self._forward(request, placement, write, deadline)
+        self._check(placement, usage)
+        self._fallbacks += usage.fallbacks
+        return usage
+
+    def _label(self, usage: generation_pb2.Usage) -> str:
+        # Reasons of one kind differ in their numbers only: "threshold: 700 > 512 tokens".
+        return f"{usage.placement}: {usage.reason.partition(':')[0]}"
+
+    # --- one request -----------------------------------------------------------------------------------------------------------
+
+    async def _place(self, request: generation_pb2.GenerateRequest, arrived: float) -> Placement:
+        """Decides, and rewrites `request` in place: token ids, placement, and how long it all took."""
+        # Not on the event loop: a long text takes a while, and other requests' tokens are waiting.
+        prompt = await asyncio.to_thread(encode_prompt, request, self._tokenizer)
+        if not prompt:
+            raise InvalidInput("prompt", (), "at least one token id")
+        placement = self._policy.place(Request(len(prompt), max(1, request.max_new_tokens)), self._backends.view(), time.monotonic())
+        if request.WhichOneof("prompt") != "token_ids":
+            request.token_ids.ids[:] = prompt
+        request.placement.prefill_address = placement.prefill or ""
+        request.placement.reason = placement.reason
+        request.placement.route_s = time.monotonic() - arrived
+        return placement
+
+    async def _forward(
+        self, request: generation_pb2.GenerateRequest, placement: Placement, write: Write, deadline: float
+    ) -> generation_pb2.Usage:
+        """Streams the decode server's tokens to the client and returns its usage; cancelling this cancels the call to it."""
+        used = [self._backends.get("decode", placement.decode)]
+        if placement.prefill is not None:
+            used.append(self._backends.get("prefill", placement.prefill))
+        stub: Any = generation_pb2_grpc.GenerationStub(used[0].channel)
+        call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._margin_s))
+        for backend in used:
+            backend.forwarded += 1
+        try:
+            async for event in call:
+                if event.WhichOneof("event") == "usage":
+                    usage: generation_pb2.Usage = event.usage
+                    return usage
+                await write(event)
+            raise InvalidRun(f"decode server {placement.decode} ended the stream without usage")
+        finally:
+            call.cancel()
+            for backend in used:
+                backend.forwarded -= 1
+
+    def _check(self, placement: Placement, usage: generation_pb2.Usage) -> None:
+        """Refuses an account that is not what was decided: a fallback is said, never silent."""
+        decided = ("remote", placement.prefill) if placement.prefill is not None else ("local", "")
+        done = (usage.placement, usage.prefill_address)
+        if not usage.fallbacks and done != decided:
+            raise InvalidRun(f"INVALID: the router decided {decided}, the usage says {done} and no fallback")
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

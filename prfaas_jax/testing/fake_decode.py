@@ -1,0 +1,203 @@
+"""A DecodeEngine without a model: deterministic tokens, and every ingested byte is compared with what it must be."""
+
+import collections
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from prfaas_jax.engine import api
+from prfaas_jax.engine.thread import EngineThread
+from prfaas_jax.errors import Exhausted, PrfaasError, TransferError
+from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.spec import CacheSpec
+
+# The bytes of a segment of the cache of this prompt, and the token that follows these ids.
+ExpectedBytes = Callable[[tuple[int, ...], SegmentKey], bytes]
+NextToken = Callable[[Sequence[int], bool], api.Token]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDecodeOptions:
+    """Sizes and times of a fake decode engine; times are real seconds that its thread sleeps."""
+
+    vocab_size: int
+    max_length: int = 4096
+    page_size: int = 16
+    pages: int = 1024
+    max_queue: int = 64
+    chunk: int = 64
+    prefill_s_per_token: float = 0.0
+    step_s: float = 0.0
+
+
+@dataclasses.dataclass
+class _Request:
+    job: api.Job
+    sink: api.Sink
+    pages: int
+    phase: str = "waiting"
+    ingested: set[SegmentKey] = dataclasses.field(default_factory=set)
+    bytes: int = 0
+    prefilled: int = 0
+    begun: float = 0.0
+    asked: float = 0.0
+    first: api.Token | None = None
+    ready_at: float = 0.0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+class FakeDecodeEngine(EngineThread):
+    """Implements DecodeEngine; a wrong, missing or repeated byte fails the request with TransferError."""
+
+    def __init__(self, spec: CacheSpec, fingerprint: str, options: FakeDecodeOptions, expected: ExpectedBytes, next_token: NextToken):
+        super().__init__("fake-decode")
+        self.spec, self.fingerprint = spec, fingerprint
+        self._options, self._expected, self._next_token = options, expected, next_token
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._pages_free = options.pages
+        self._local_prefills = self._prefilled = self._decoded = 0
+        self._requests: dict[str, _Request] = {}
+        self._waiting: collections.deque[_Request] = collections.deque()
+
+    # --- the edge ------------------------------------------------------------------------------------------------------------
+
+    def reserve(self, job: api.Job, sink: api.Sink) -> None:
+        """See DecodeEngine.reserve."""
+        options = self._options
+        api.check_job(job, options.vocab_size, min(options.max_length, options.pages * options.page_size))
+        with self._lock:
+            if self._queued >= options.max_queue:
+                raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={options.max_queue})")
+            self._queued += 1
+        pages = -(-(len(job.prompt) + job.sampling.max_new_tokens) // options.page_size)
+        self._post(functools.partial(self._enqueue, _Request(job, sink, pages)))
+
+    def prefill_local(self, ticket: str) -> None:
+        """See DecodeEngine.prefill_local."""
+        self._post(functools.partial(self._prefill_local, ticket))
+
+    def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
+        """See DecodeEngine.ingest."""
+        self._post(functools.partial(self._ingest, ticket, key, block, done))
+
+    def commit(self, ticket: str, first: api.Token) -> None:
+        """See DecodeEngine.commit."""
+        self._post(functools.partial(self._commit, ticket, first))
+
+    def abort(self, ticket: str, reason: str = "cancelled") -> None:
+        """See DecodeEngine.abort."""
+        if not self._closing.is_set():
+            self._post(functools.partial(self._end, ticket, api.Finished(reason)))
+
+    def status(self) -> api.EngineStatus:
+        """See DecodeEngine.status."""
+        running = sum(r.phase == "running" for r in list(self._requests.values()))
+        counts = (self._local_prefills, self._prefilled, self._decoded)
+        return api.EngineStatus(running, self._queued, self._pages_free, self._options.pages, 0, *counts)
+
+    # --- the engine thread ---------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: _Request) -> None:
+        self._requests[request.job.ticket] = request
+        self._waiting.append(request)
+
+    def _prefill_local(self, ticket: str) -> None:
+        if request := self._requests.get(ticket):
+            assert request.phase == "reserved", request.phase
+            request.phase, request.asked = "prefilling", time.monotonic()
+            self._local_prefills += 1
+
+    def _ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
+        request = self._requests.get(ticket)
+        if request is not None:
+            assert request.phase == "reserved", request.phase
+            if block.shape != key.shape(self.spec) or block.tobytes() != self._expected(request.job.prompt, key):
+                self._end(ticket, api.Failed(TransferError(f"wrong bytes in {key}")))
+            elif key in request.ingested:
+                self._end(ticket, api.Failed(TransferError(f"{key} came twice")))
+            else:
+                request.ingested.add(key)
+                request.bytes += block.nbytes
+        done()
+
+    def _commit(self, ticket: str, first: api.Token) -> None:
+        if request := self._requests.get(ticket):
+            expected = self.spec.bytes(len(request.job.prompt))
+            if request.bytes != expected:
+                self._end(ticket, api.Failed(TransferError(f"committed with {request.bytes} of {expected} bytes")))
+                return
+            request.phase, request.first, request.ready_at = "ready", first, time.monotonic()
+
+    def _end(self, ticket: str, outcome: api.Finished | api.Failed) -> None:
+        request = self._requests.pop(ticket, None)
+        if request is None:
+            return
+        if request.phase == "waiting":
+            self._waiting.remove(request)
+            with self._lock:
+                self._queued -= 1
+        else:
+            self._pages_free += request.pages
+        request.sink(outcome)
+
+    def _step(self) -> bool:
+        while self._waiting and self._waiting[0].pages <= self._pages_free:
+            request = self._waiting.popleft()
+            with self._lock:
+                self._queued -= 1
+            self._pages_free -= request.pages
+            request.phase = "reserved"
+            request.sink(api.Admitted())
+        active = [r for r in self._requests.values() if r.phase in ("prefilling", "ready", "running")]
+        for request in active:
+            getattr(self, f"_advance_{request.phase}")(request)
+        if any(r.phase == "running" for r in active):
+            time.sleep(self._options.step_s)
+        return bool(active)
+
+    def _advance_prefilling(self, request: _Request) -> None:
+        prompt = request.job.prompt
+        request.begun = request.begun or time.monotonic()
+        count = min(self._options.chunk, len(prompt) - request.prefilled)
+        time.sleep(count * self._options.prefill_s_per_token)
+        request.prefilled += count
+        self._prefilled += count
+        request.sink(api.PrefillProgress(request.prefilled))
+        if request.prefilled == len(prompt):
+            request.first = self._next_token(prompt, request.job.sampling.return_logits)
+            request.phase, request.ready_at = "ready", time.monotonic()
+            request.sink(api.PrefillDone(request.first, request.begun - request.asked, request.ready_at - request.begun))
+
+    def _advance_ready(self, request: _Request) -> None:
+        assert request.first is not None
+        request.phase = "running"
+        request.sink(api.Committed(time.monotonic() - request.ready_at))
+        self._emit(request, request.first)
+
+    def _advance_running(self, request: _Request) -> None:
+        self._decoded += 1
+        self._emit(request, self._next_token((*request.job.prompt, *request.tokens), request.job.sampling.return_logits))
+
+    def _emit(self, request: _Request, token: api.Token) -> None:
+        request.tokens.append(token.token)
+        request.sink(token)
+        sampling = request.job.sampling
+        if token.token in sampling.stop_token_ids:
+            self._end(request.job.ticket, api.Finished("stop"))
+        elif len(request.tokens) == sampling.max_new_tokens:
+            self._end(request.job.ticket, api.Finished("length"))
+
+    def _fail_all(self, error: PrfaasError) -> None:
+        outstanding = list(self._requests.values())
+        self._requests.clear()
+        self._waiting.clear()
+        self._pages_free = self._options.pages
+        with self._lock:
+            self._queued = 0
+        for request in outstanding:
+            request.sink(api.Failed(error))
