@@ -9,13 +9,12 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, first: int
     """Causal attention of q [T, N, H] at positions first.. over k, v [S, K, H], in float64."""
     tokens, heads, _ = q.shape
     group = heads // k.shape[1]
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    s = np.einsum("tnh,snh->nts", q, k) * scale
-    visible = np.arange(k.shape[0])[None] <= (first + np.arange(tokens))[:, None]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1).swapaxes(0, 1) for x in (k, v))
+    s = q.astype(np.float64).swapaxes(0, 1) @ k.swapaxes(1, 2) * scale
+    visible = np.arange(k.shape[1])[None] <= (first + np.arange(tokens))[:, None]
     s = np.where(visible[None], s, -np.inf)
     w = np.exp(s - s.max(axis=-1, keepdims=True))
-    return np.einsum("nts,snh->tnh", w / w.sum(axis=-1, keepdims=True), v)
+    return (w / w.sum(axis=-1, keepdims=True) @ v).swapaxes(0, 1)
 
 
 @dataclasses.dataclass

@@ -38,7 +38,7 @@ def expected(case: oracle.PagedCase, q: np.ndarray, scale: float = 0.125) -> np.
         (200, [128, 0], 16, 4, 64, "float32"),
         (512, [0, 512], 64, 1, 128, "float32"),
         (600, [300], 16, 2, 64, "float32"),
-        (1024, [0, 320], 16, 2, 64, "float32"),
+        (1024, [0, 320], 16, 1, 64, "float32"),
     ],
 )
 def test_matches_dense_attention(tokens, cached, page_size, group, head_dim, dtype):
@@ -55,21 +55,21 @@ def test_matches_dense_attention(tokens, cached, page_size, group, head_dim, dty
 def case_of(lengths: list[int], tokens: int, page_size: int) -> tuple[oracle.PagedCase, np.ndarray]:
     """A case whose rows are a function of their prefix length only, in a table of fixed width in tokens."""
     case = oracle.paged_case(
-        np.random.default_rng(1), lengths, tokens, kv_heads=2, head_dim=64, page_size=page_size, dtype=F32,
+        np.random.default_rng(1), lengths, tokens, kv_heads=1, head_dim=64, page_size=page_size, dtype=F32,
         table_width=2048 // page_size, pages_per_layer=6400 // page_size,
     )  # fmt: skip
-    q = np.zeros((len(lengths), tokens, 6, 64), np.float32)
+    q = np.zeros((len(lengths), tokens, 3, 64), np.float32)
     for row, length in enumerate(lengths):
         rng = np.random.default_rng(length)
-        oracle.set_row(case, row, *(rng.standard_normal((length + tokens, 2, 64)).astype(np.float32) for _ in range(2)))
-        q[row] = rng.standard_normal((tokens, 6, 64))
+        oracle.set_row(case, row, *(rng.standard_normal((length + tokens, 1, 64)).astype(np.float32) for _ in range(2)))
+        q[row] = rng.standard_normal((tokens, 3, 64))
     return case, q
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(64, 0), (64, 320), (256, 256), (640, 128)])
 def test_a_row_does_not_depend_on_its_companions_its_position_or_the_page_size(tokens, length):
     alone = run(*case_of([length, 0, 0], tokens, 16))[0]
-    for position, companions in ((1, [64, 1024]), (2, [960, 0]), (0, [1344, 1344])):
+    for position, companions in ((1, [64, 1024]), (0, [1344, 0])):
         lengths = [*companions[:position], length, *companions[position:]]
         for page_size in (16, 64):
             np.testing.assert_array_equal(run(*case_of(lengths, tokens, page_size))[position], alone)
