@@ -1,26 +1,31 @@
-"""gRPC options and process environment that both planes share."""
+"""gRPC options and process environment that both planes share.
 
+The control plane and the lanes differ in how long a ping may take. On a lane it queues behind megabytes of KV, seconds of a slow link, so
+a lane leaves a frozen peer to the idle timer; control messages are short, so there a late ping means a peer that is gone.
+"""
+
+from collections.abc import Sequence
 from typing import Final
 
-# Keepalive alone takes 60 s to see a frozen peer: the ping timeout is what sees it. A link that is silent for a second is ridden out.
-_KEEPALIVE: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.keepalive_time_ms", 500),
-    ("grpc.keepalive_timeout_ms", 1500),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.ping_timeout_ms", 1500),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-# Large frames and look-ahead: fewer, longer copies. The 4 MiB receive limit stays as it is, and grpc.minimal_stack is left out
-# because it switches that limit off.
-_FRAMES: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.http2.max_frame_size", 16_777_215),
-    ("grpc.http2.write_buffer_size", 64 << 20),
-    ("grpc.http2.lookahead_bytes", 64 << 20),
-)
+Options = Sequence[tuple[str, int]]
 
-SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    *_KEEPALIVE,
-    *_FRAMES,
+
+def _keepalive(ping_timeout_ms: int) -> Options:
+    # Keepalive alone takes 60 s to see a frozen peer: the ping timeout is what sees it.
+    return (
+        ("grpc.keepalive_time_ms", 500),
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
+# A link that is silent for a second is ridden out; a frozen peer is seen within two.
+_CONTROL_PINGS: Final = _keepalive(1_500)
+_LANE_PINGS: Final = _keepalive(20_000)
+
+_SERVER: Final[Options] = (
     # A silent prefill is pinged for as long as it computes, and bandwidth probes of a fast stream count as pings too: by default the
     # server answers either with too_many_pings and closes the connection.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
@@ -28,12 +33,25 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     # Two servers on one port would each get some of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
 )
-
-CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    *_KEEPALIVE,
-    *_FRAMES,
+_CHANNEL: Final[Options] = (
     # Every channel its own connection, so that lanes do not share one TCP window.
     ("grpc.use_local_subchannel_pool", 1),
+)
+# Large frames and look-ahead: fewer, longer copies. The 4 MiB receive limit stays as it is, and grpc.minimal_stack is left out
+# because it switches that limit off.
+_FRAMES: Final[Options] = (
+    ("grpc.http2.max_frame_size", 16_777_215),
+    ("grpc.http2.write_buffer_size", 64 << 20),
+    ("grpc.http2.lookahead_bytes", 64 << 20),
+)
+
+SERVER_OPTIONS: Final[Options] = (*_CONTROL_PINGS, *_SERVER)
+CHANNEL_OPTIONS: Final[Options] = (*_CONTROL_PINGS, *_CHANNEL)
+LANE_SERVER_OPTIONS: Final[Options] = (*_LANE_PINGS, *_SERVER, *_FRAMES)
+LANE_CHANNEL_OPTIONS: Final[Options] = (
+    *_LANE_PINGS,
+    *_CHANNEL,
+    *_FRAMES,
     # The calling thread reads a stream itself; no hand-over from a channel thread per message.
     ("SingleThreadedUnaryStream", 1),
 )

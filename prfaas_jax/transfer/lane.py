@@ -11,7 +11,7 @@ from concurrent import futures
 import grpc
 
 from prfaas_jax.errors import InvalidInput, PeerMismatch, TransferError
-from prfaas_jax.transfer.channel import SERVER_OPTIONS
+from prfaas_jax.transfer.channel import LANE_SERVER_OPTIONS
 from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, UnknownTicket
 from prfaas_jax.transfer.wire import FetchRequest
 
@@ -59,7 +59,7 @@ class LaneServer:
         self._watchdog = threading.Thread(target=self._cancel_stalled, name="lane-watchdog", daemon=True)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_streams, thread_name_prefix="lane"),
-            options=SERVER_OPTIONS,
+            options=LANE_SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_streams,
         )
         # No serialisers: a message is bytes already.

@@ -95,10 +95,11 @@ class Outbox:
         with self._lock:
             return tuple(held.ticket for held in self._held.values())
 
-    def open(self, length: int) -> Ticket:
+    def open(self, length: int, ticket: Ticket | None = None) -> Ticket:
         """Reserves the cache of a `length`-token request (0 after a full prefix hit).
 
-        Raises InvalidInput when it can never fit, Exhausted when it does not fit right now.
+        `ticket` is given where another process of the same server has chosen it and this one holds a shard of the same cache.
+        Raises InvalidInput when the cache can never fit or the ticket is open already, Exhausted when it does not fit right now.
         """
         if length < 0:
             raise InvalidInput("length", length, "a number of tokens >= 0")
@@ -108,7 +109,10 @@ class Outbox:
         with self._lock:
             if self._bytes_held + size > self.capacity_bytes:
                 raise Exhausted(f"outbox holds {self._bytes_held} of {self.capacity_bytes} bytes, {size} more do not fit now")
-            ticket = Ticket(secrets.token_bytes(wire.TICKET_BYTES), next(self._epochs) % 2**32)
+            if ticket is None:
+                ticket = Ticket(secrets.token_bytes(wire.TICKET_BYTES), next(self._epochs) % 2**32)
+            elif ticket.id in self._held:
+                raise InvalidInput("ticket", ticket.hex, "a ticket that is not open here")
             self._held[ticket.id] = _Held(ticket, length, size, threading.Condition(self._lock), self._clock())
             self._bytes_held += size
         return ticket

@@ -1,5 +1,6 @@
 """The receiving end of a request's lanes: pull, verify, stage, hand on, and prove that nothing is missing."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.transfer import wire
 from prfaas_jax.transfer.assembly import Assembly, Block, Staging
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.lane import METHOD
 
@@ -63,7 +64,7 @@ class Puller:
         self._assembly = Assembly(spec, length, Staging(max_staging_bytes))
         self._in_flight = 0  # blocks handed on whose `done` has not come
         self._lanes_open = len(lanes)
-        self._calls: list[grpc.Call] = []
+        self._channels: list[grpc.Channel] = []
         self._error: TransferError | None = None
         self._progress = 0.0
         self._readers = [threading.Thread(target=self._read, args=(lane,), name=f"pull {lane}", daemon=True) for lane in lanes]
@@ -133,36 +134,42 @@ class Puller:
                     break
                 self._changed.wait(left)
             self._changed.notify_all()
-            calls = list(self._calls)
-        for call in calls:
-            call.cancel()
+            channels = list(self._channels)
+        for channel in channels:
+            # Not `call.cancel()`: a single-threaded stream cancelled from another thread never gives its connection back.
+            channel.close()
         deadline = time.monotonic() + _JOIN_S
         for reader in readers:
             reader.join(max(0.0, deadline - time.monotonic()))
 
     def _read(self, lane: str) -> None:
         """One lane, from connection to end of stream."""
-        with grpc.insecure_channel(lane, CHANNEL_OPTIONS) as channel:
+        channel = grpc.insecure_channel(lane, LANE_CHANNEL_OPTIONS)
+        with self._changed:
+            if self._over():
+                channel.close()
+                return
             call = channel.unary_stream(METHOD)(self._request)
-            with self._changed:
-                if self._over():
-                    call.cancel()
-                self._calls.append(call)
-            try:
-                for sequence, message in enumerate(call):
-                    self._take(sequence, message)
-                self._lane_ended()
-            except grpc.RpcError:
-                # The call is its own error; it has a status by now.
-                self._fail(TransferError(f"lane {lane}: {call.code().name}: {call.details()}"))
-            except PrfaasError as error:
-                self._fail(TransferError(f"lane {lane}: {error}"))
-            except Exception as error:  # whatever a callback raises ends the transfer, and must not end silently with its thread
-                failure = TransferError(f"lane {lane}: {type(error).__name__} while handing on a block: {error}")
-                failure.__cause__ = error
-                self._fail(failure)
-            finally:
-                call.cancel()
+            self._channels.append(channel)
+        try:
+            for sequence, message in enumerate(call):
+                self._take(sequence, message)
+            self._lane_ended()
+        except grpc.RpcError:
+            # The call is its own error; it has a status by now.
+            self._fail(TransferError(f"lane {lane}: {call.code().name}: {call.details()}"))
+        except PrfaasError as error:
+            self._fail(TransferError(f"lane {lane}: {error}"))
+        except Exception as error:  # whatever a callback raises ends the transfer, and must not end silently with its thread
+            failure = TransferError(f"lane {lane}: {type(error).__name__} while handing on a block: {error}")
+            failure.__cause__ = error
+            self._fail(failure)
+        finally:
+            channel.close()
+            # The stream's status must be read out, or its connection is never given back.
+            with contextlib.suppress(grpc.RpcError):
+                for _ in call:
+                    continue
 
     def _take(self, sequence: int, message: bytes) -> None:
         header, payload = wire.decode(message)

@@ -3,12 +3,17 @@
 import itertools
 import random
 import threading
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.transfer.assembly import VIEW_DTYPES
+from prfaas_jax.transfer.lane import LaneServer
+from prfaas_jax.transfer.outbox import Outbox, Ticket
+from prfaas_jax.transfer.puller import Puller
 
 GQA = LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "bfloat16")))
 MLA = LayerCache("paged", (TensorSpec("latent", 1, 12, "float32"),))
@@ -93,3 +98,39 @@ class Sink:
         for at, array in sent.tensors.items():
             assert (self.written[at] == 1).all()
             np.testing.assert_array_equal(self.cache.tensors[at].view(np.uint8), array.view(np.uint8))
+
+
+class Sender:
+    """An outbox behind a lane server, as a context manager."""
+
+    def __init__(self, spec: CacheSpec, capacity: int = 1 << 28, message_bytes: int = 1 << 20, lease_s: float = 30.0, **lane):
+        self.outbox = Outbox(spec, capacity, lease_s, message_bytes=message_bytes)
+        self.lane = LaneServer(self.outbox, **lane)
+
+    def __enter__(self) -> "Sender":
+        self.lane.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lane.stop(0)
+
+    def send(self, cache: Cache, keys: Sequence[SegmentKey], finish: bool = True) -> Ticket:
+        ticket = self.outbox.open(cache.length)
+        for key in keys:
+            self.outbox.put(ticket, cache.segment(key))
+        if finish:
+            self.outbox.finish(ticket)
+        return ticket
+
+
+def pull(ticket: Ticket, spec: CacheSpec, length: int, lanes: Sequence[str], on_block, **kwargs) -> Puller:
+    puller = Puller(spec, length, ticket.id, ticket.epoch, lanes, on_block, **kwargs)
+    puller.start()
+    return puller
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)

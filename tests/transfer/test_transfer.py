@@ -1,0 +1,428 @@
+"""LaneServer and Puller end to end over loopback; tests of known bug classes carry the class in their name."""
+
+import random
+import socket
+import threading
+import time
+
+import grpc
+import psutil
+import pytest
+from transfer_fixtures import SPEC, Cache, Sender, Sink, pull, wait_until, wide_spec
+
+from prfaas_jax.errors import InvalidInput, TransferError
+from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
+from prfaas_jax.transfer import wire
+from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
+from prfaas_jax.transfer.counters import Counters
+from prfaas_jax.transfer.lane import METHOD, LaneServer
+from prfaas_jax.transfer.outbox import Outbox
+from prfaas_jax.transfer.puller import Puller
+
+
+@pytest.fixture(scope="module")
+def sender():
+    with Sender(SPEC, message_bytes=97) as sender:
+        yield sender
+    assert sender.lane.streams == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layout_every_cut_arrives_byte_for_byte(sender, seed):
+    """Class E: whatever chunks, layer ranges and shard slices the sender has, in any order."""
+    rng = random.Random(seed)
+    cache = Cache(SPEC, rng.randint(1, 40), seed)
+    keys = cache.random_keys(rng)
+    rng.shuffle(keys)
+    ticket, sink = sender.send(cache, keys), Sink(SPEC, cache.length)
+    counters = pull(ticket, SPEC, cache.length, [sender.lane.address], sink).finish(SPEC.bytes(cache.length))
+    sink.check(cache)
+    assert counters == Counters(moved=SPEC.bytes(cache.length))
+    sender.outbox.release(ticket.id, ticket.epoch)
+    assert sender.outbox.bytes_held == 0
+
+
+def test_layout_more_shards_than_heads_and_a_lane_per_shard():
+    """Class E: shards of one prefill on lanes of their own, out of step with each other."""
+    length = 30
+    cache, sink = Cache(SPEC, length), Sink(SPEC, length)
+    keys = cache.keys(7, shards=4)
+    with Sender(SPEC) as a, Sender(SPEC) as b:
+        ticket = a.outbox.open(length)
+        assert b.outbox.open(length, ticket) == ticket
+        with pytest.raises(InvalidInput, match="ticket"):
+            b.outbox.open(length, ticket)
+        puller = pull(ticket, SPEC, length, [a.lane.address, b.lane.address], sink)
+        for i, key in enumerate(keys):
+            (a if i % 2 else b).outbox.put(ticket, cache.segment(key))
+        a.outbox.finish(ticket)
+        b.outbox.finish(ticket)
+        assert puller.finish(SPEC.bytes(length)).moved == SPEC.bytes(length)
+    sink.check(cache)
+
+
+def test_blocks_arrive_while_prefill_goes_on(sender):
+    cache, sink = Cache(SPEC, 24), Sink(SPEC, 24)
+    ticket = sender.send(cache, [], finish=False)
+    puller = pull(ticket, SPEC, 24, [sender.lane.address], sink)
+    for i, key in enumerate(cache.keys(8), 1):
+        sender.outbox.put(ticket, cache.segment(key))
+        wait_until(lambda i=i: sink.blocks == i)
+    # The last byte is here: finish does not wait for a stream whose end was never announced.
+    assert puller.finish(SPEC.bytes(24)).moved == SPEC.bytes(24)
+    sink.check(cache)
+
+
+def test_tickets_two_transfers_at_once_do_not_mix(sender):
+    """Class A."""
+    caches = [Cache(SPEC, 60, seed) for seed in range(2)]
+    sinks = [Sink(SPEC, 60) for _ in caches]
+    tickets = [sender.send(cache, cache.keys(5, shards=2), finish=False) for cache in caches]
+    pullers = [pull(t, SPEC, 60, [sender.lane.address], sink) for t, sink in zip(tickets, sinks, strict=True)]
+    for ticket in tickets:
+        sender.outbox.finish(ticket)
+    for puller, sink, cache in zip(pullers, sinks, caches, strict=True):
+        puller.finish(SPEC.bytes(60))
+        sink.check(cache)
+
+
+def test_repeated_messages_are_idempotent_and_counted(sender):
+    """The same ticket over two lanes: every byte is written once, the rest counts as resent."""
+    cache, sink = Cache(SPEC, 40), Sink(SPEC, 40)
+    ticket = sender.send(cache, cache.keys(8, shards=2))
+    lanes = [sender.lane.address, sender.lane.address]
+    # The second half of the second stream may be cut off when the first has brought everything.
+    counters = pull(ticket, SPEC, 40, lanes, sink).finish(SPEC.bytes(40))
+    sink.check(cache)
+    assert counters.moved == SPEC.bytes(40)
+    assert 0 <= counters.resent <= SPEC.bytes(40)
+
+
+def test_endless_wait_zero_length_transfer_is_over_at_once():
+    """Class C: a full prefix hit has nothing to move, and needs no lane to say so."""
+    puller = Puller(SPEC, 0, b"t" * 16, 1, ["127.0.0.1:1"], Sink(SPEC, 0))
+    puller.start()
+    assert puller.finish(0) == Counters()
+
+
+def test_endless_wait_silent_prefill_ends_by_the_idle_timer_and_touch_restarts_it(sender):
+    """Class C: the first segment never comes."""
+    ticket = sender.outbox.open(8)
+    puller = pull(ticket, SPEC, 8, [sender.lane.address], Sink(SPEC, 8), idle_s=0.4)
+    started = time.monotonic()
+    for _ in range(6):
+        time.sleep(0.1)
+        puller.touch()
+    with pytest.raises(TransferError, match=r"no progress.*group 0, tensor 0, layer 0: tokens \[0, 8\)"):
+        puller.finish(SPEC.bytes(8))
+    assert 0.9 < time.monotonic() - started < 3
+
+
+def test_endless_wait_peer_restarted_with_a_stale_address():
+    """Class C: nobody listens there any more."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with pytest.raises(TransferError, match="UNAVAILABLE"):
+        pull(Outbox(SPEC, 1 << 20).open(8), SPEC, 8, [f"127.0.0.1:{port}"], Sink(SPEC, 8)).finish(SPEC.bytes(8))
+
+
+def test_endless_wait_reader_never_calls_done(sender):
+    """Class C: all bytes are here and the engine does not take them."""
+    cache = Cache(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8))
+    puller = pull(ticket, SPEC, 8, [sender.lane.address], lambda key, block, done: None, idle_s=0.3)
+    with pytest.raises(TransferError, match="no progress"):
+        puller.finish(SPEC.bytes(8))
+
+
+def test_missing_segment_is_named(sender):
+    cache = Cache(SPEC, 24)
+    keys = cache.keys(8)
+    ticket = sender.send(cache, keys[:3] + keys[4:])
+    with pytest.raises(TransferError, match=r"group 0, tensor 0, layer 0: tokens \[8, 16\)"):
+        pull(ticket, SPEC, 24, [sender.lane.address], Sink(SPEC, 24)).finish(SPEC.bytes(24))
+
+
+def test_missing_head_slice_is_seen(sender):
+    cache = Cache(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8, shards=2)[1:])
+    with pytest.raises(TransferError, match="never ended"):
+        pull(ticket, SPEC, 8, [sender.lane.address], Sink(SPEC, 8)).finish(SPEC.bytes(8))
+
+
+@pytest.mark.parametrize(
+    "extra", [SegmentKey(0, 0, (0, 3), (4, 9), (0, 4)), SegmentKey(0, 0, (1, 2), (0, 8), (0, 4)), SegmentKey(0, 0, (0, 3), (0, 8), (1, 3))]
+)
+def test_overlapping_segments_are_refused(sender, extra):
+    cache = Cache(SPEC, 16)
+    ticket = sender.send(cache, [SegmentKey(0, 0, (0, 3), (0, 8), (0, 2)), extra])
+    with pytest.raises(TransferError, match="overlaps"):
+        pull(ticket, SPEC, 16, [sender.lane.address], Sink(SPEC, 16)).finish(SPEC.bytes(16))
+
+
+def test_totals_that_differ_are_refused_at_once(sender):
+    cache = Cache(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8), finish=False)
+    with pytest.raises(TransferError, match="sender exported"):
+        pull(ticket, SPEC, 8, [sender.lane.address], lambda key, block, done: None).finish(SPEC.bytes(8) - 1)
+
+
+def test_leases_stale_epoch_and_released_ticket_are_refused(sender):
+    """Class B: no byte leaves for a reader that holds an old ticket."""
+    cache, sink = Cache(SPEC, 8), Sink(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8))
+    with pytest.raises(TransferError, match=r"FAILED_PRECONDITION.*epoch"):
+        pull(type(ticket)(ticket.id, ticket.epoch + 1), SPEC, 8, [sender.lane.address], sink).finish(SPEC.bytes(8))
+    sender.outbox.release(ticket.id, ticket.epoch)
+    with pytest.raises(TransferError, match="NOT_FOUND"):
+        pull(ticket, SPEC, 8, [sender.lane.address], sink).finish(SPEC.bytes(8))
+    assert sink.blocks == 0
+
+
+def test_leases_ticket_that_dies_in_mid_stream_stops_the_reader(sender):
+    """Class B: released under the reader's feet, the transfer fails; it never completes from what is left."""
+    cache = Cache(SPEC, 16)
+    ticket = sender.send(cache, cache.keys(8)[:2], finish=False)
+    sink = Sink(SPEC, 16)
+    puller = pull(ticket, SPEC, 16, [sender.lane.address], sink)
+    wait_until(lambda: sink.blocks == 2)
+    sender.outbox.release(ticket.id, ticket.epoch)
+    with pytest.raises(TransferError, match="unknown"):
+        puller.finish(SPEC.bytes(16))
+
+
+def test_failed_prefill_reaches_the_reader_with_its_reason(sender):
+    ticket = sender.outbox.open(8)
+    puller = pull(ticket, SPEC, 8, [sender.lane.address], Sink(SPEC, 8))
+    sender.outbox.fail(ticket, TransferError("engine broke"))
+    with pytest.raises(TransferError, match=r"ABORTED.*engine broke"):
+        puller.finish(SPEC.bytes(8))
+
+
+def test_exception_in_on_block_fails_the_transfer(sender):
+    cache = Cache(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8))
+
+    def broken(key, block, done):
+        raise ZeroDivisionError("scatter")
+
+    with pytest.raises(TransferError, match=r"ZeroDivisionError.*scatter"):
+        pull(ticket, SPEC, 8, [sender.lane.address], broken).finish(SPEC.bytes(8))
+
+
+def fetch(address: str, request: bytes) -> list[bytes]:
+    with grpc.insecure_channel(address, LANE_CHANNEL_OPTIONS) as channel:
+        return list(channel.unary_stream(METHOD)(request, timeout=5))
+
+
+def test_requests_bad_ones_get_their_status(sender, monkeypatch):
+    good = wire.FetchRequest(b"t" * 16, 1).encode()
+    for request, code in [(b"junk", "INVALID_ARGUMENT"), (good, "NOT_FOUND"), (good[:4] + b"\x09\x00" + good[6:], "FAILED_PRECONDITION")]:
+        with pytest.raises(grpc.RpcError) as raised:
+            fetch(sender.lane.address, request)
+        assert raised.value.code().name == code
+
+
+def test_resume_from_a_sequence_repeats_the_same_bytes(sender):
+    cache = Cache(SPEC, 24)
+    ticket = sender.send(cache, cache.keys(8))
+    whole = fetch(sender.lane.address, wire.FetchRequest(ticket.id, ticket.epoch).encode())
+    assert fetch(sender.lane.address, wire.FetchRequest(ticket.id, ticket.epoch, 7).encode()) == whole[7:]
+
+
+def test_receive_limit_message_above_4_mib_is_not_read():
+    """minimal_stack would switch the limit off, and an unlimited receiver is a memory hole."""
+    from concurrent import futures
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter([bytes(8 << 20)]))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("prfaas.Lane", {"FetchKV": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(TransferError, match="RESOURCE_EXHAUSTED"):
+            pull(Outbox(SPEC, 1 << 20).open(8), SPEC, 8, [f"127.0.0.1:{port}"], Sink(SPEC, 8)).finish(SPEC.bytes(8))
+    finally:
+        server.stop(0).wait(5)
+
+
+def corrupt(key, block, done):
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("end", ["complete", "complete early", "cancel", "refused", "broken callback", "idle", "overlap"])
+def test_leaks_no_thread_connection_or_stream_is_left_however_a_transfer_ends(sender, end):
+    """Class F. A stream that is cancelled and not read to its status keeps its sockets for ever."""
+    me, cache = psutil.Process(), Cache(SPEC, 8)
+
+    def once():
+        keys = [] if end in ("cancel", "idle") else cache.keys(8)[:1] * 2 if end == "overlap" else cache.keys(8)
+        ticket = sender.send(cache, keys, finish=end == "complete")
+        if end == "refused":
+            sender.outbox.release(ticket.id, ticket.epoch)
+        idle_s, on_block = (0.05 if end == "idle" else 10), (corrupt if end == "broken callback" else Sink(SPEC, 8))
+        length = 7 if end == "overlap" else 8
+        puller = pull(ticket, SPEC, length, [sender.lane.address] * 2, on_block, idle_s=idle_s)
+        if end == "cancel":
+            wait_until(lambda: sender.lane.streams == 2)
+            started = time.monotonic()
+            puller.cancel()
+            assert time.monotonic() - started < 2
+        if end.startswith("complete"):
+            puller.finish(SPEC.bytes(8))
+        else:
+            with pytest.raises(TransferError, match="cancelled" if end == "cancel" else None):
+                puller.finish(SPEC.bytes(length))
+        assert not [t for t in threading.enumerate() if t.name.startswith("pull")]
+        wait_until(lambda: sender.lane.streams == 0)
+        sender.outbox.release(ticket.id, ticket.epoch)
+
+    once()  # gRPC keeps a few descriptors of its own from its first call on
+    before = me.num_fds()
+    for _ in range(5):
+        once()
+    # Five times two lanes would leave twenty sockets; the server's end of the last ones may close a little later.
+    wait_until(lambda: me.num_fds() <= before)
+
+
+def test_leaks_cancel_from_inside_on_block_does_not_deadlock(sender):
+    cache = Cache(SPEC, 8)
+    ticket = sender.send(cache, cache.keys(8))
+    puller = None
+    begun = threading.Event()
+
+    def on_block(key, block, done):
+        begun.wait(5)
+        puller.cancel()
+
+    puller = pull(ticket, SPEC, 8, [sender.lane.address], on_block)
+    begun.set()
+    with pytest.raises(TransferError, match="cancelled"):
+        puller.finish(SPEC.bytes(8))
+
+
+def test_backpressure_slow_reader_bounds_staging_and_loses_nothing():
+    """Class G: one slow request holds back its own sender and takes no memory from others."""
+    spec, length = wide_spec(), 1024  # 16 MiB
+    cache, sink = Cache(spec, length), Sink(spec, length)
+    peak = 0
+    taken: list = []
+    with Sender(spec) as sender:
+        ticket = sender.send(cache, cache.keys(64, shards=2))  # blocks of 512 KiB
+        puller = pull(ticket, spec, length, [sender.lane.address], lambda *block: taken.append(block), max_staging_bytes=1 << 20)
+        finisher = threading.Thread(target=lambda: puller.finish(spec.bytes(length)))
+        finisher.start()
+        while finisher.is_alive():
+            peak = max(peak, puller.staging_bytes)
+            assert len(taken) <= 2
+            if taken:
+                sink(*taken.pop(0))
+            time.sleep(0.002)
+    sink.check(cache)
+    assert 0 < peak <= 1 << 20
+
+
+def test_backpressure_reader_that_takes_nothing_ends_the_transfer_even_if_touched():
+    spec, length = wide_spec(), 1024
+    cache = Cache(spec, length)
+    with Sender(spec) as sender:
+        ticket = sender.send(cache, cache.keys(64))
+        puller = pull(ticket, spec, length, [sender.lane.address], lambda *block: None, idle_s=0.5, max_staging_bytes=1 << 20)
+        stop = threading.Event()
+
+        def beat():
+            while not stop.wait(0.1):
+                puller.touch()
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        with pytest.raises(TransferError, match="staging full"):
+            puller.finish(spec.bytes(length))
+        stop.set()
+        thread.join(5)
+
+
+def test_block_above_the_whole_staging_is_refused(sender):
+    cache = Cache(SPEC, 24)
+    ticket = sender.send(cache, cache.keys(24))
+    with pytest.raises(TransferError, match="staging"):
+        pull(ticket, SPEC, 24, [sender.lane.address], Sink(SPEC, 24), max_staging_bytes=100).finish(SPEC.bytes(24))
+
+
+def test_backpressure_stalled_reader_does_not_keep_its_thread():
+    spec, length = wide_spec(), 1024
+    cache = Cache(spec, length)
+    with Sender(spec, stall_s=0.4) as sender, grpc.insecure_channel(sender.lane.address, LANE_CHANNEL_OPTIONS) as channel:
+        ticket = sender.send(cache, cache.keys(64))
+        call = channel.unary_stream(METHOD)(wire.FetchRequest(ticket.id, ticket.epoch).encode(), timeout=20)
+        next(call)
+        wait_until(lambda: sender.lane.streams == 0)
+        with pytest.raises(grpc.RpcError):
+            list(call)
+
+
+def test_too_many_streams_are_refused_and_running_ones_go_on():
+    with Sender(SPEC, max_streams=1) as sender:
+        cache, sink = Cache(SPEC, 8), Sink(SPEC, 8)
+        ticket = sender.send(cache, [], finish=False)
+        running = pull(ticket, SPEC, 8, [sender.lane.address], sink)
+        wait_until(lambda: sender.lane.streams == 1)
+        with pytest.raises(TransferError, match="RESOURCE_EXHAUSTED"):
+            pull(ticket, SPEC, 8, [sender.lane.address], Sink(SPEC, 8)).finish(SPEC.bytes(8))
+        for key in cache.keys(8):
+            sender.outbox.put(ticket, cache.segment(key))
+        running.finish(SPEC.bytes(8))
+        sink.check(cache)
+
+
+def test_stop_lets_running_streams_finish_in_the_grace_time():
+    cache, sink = Cache(SPEC, 8), Sink(SPEC, 8)
+    with Sender(SPEC) as sender:
+        ticket = sender.send(cache, [], finish=False)
+        puller = pull(ticket, SPEC, 8, [sender.lane.address], sink)
+        wait_until(lambda: sender.lane.streams == 1)
+        stopper = threading.Thread(target=sender.lane.stop, args=(5.0,))
+        stopper.start()
+        for key in cache.keys(8):
+            sender.outbox.put(ticket, cache.segment(key))
+        sender.outbox.finish(ticket)
+        puller.finish(SPEC.bytes(8))
+        stopper.join(5)
+        assert not stopper.is_alive()
+    sink.check(cache)
+
+
+def test_port_in_use_is_a_clear_error(sender):
+    with pytest.raises(InvalidInput, match="lane_address"):
+        LaneServer(sender.outbox, sender.lane.address)
+    with pytest.raises(InvalidInput, match="lane_address"):
+        LaneServer(sender.outbox, "nonsense")
+
+
+def test_bad_settings_of_a_puller_are_named():
+    def make(**kwargs):
+        defaults = {"spec": SPEC, "length": 1, "ticket_id": b"t" * 16, "epoch": 1, "lanes": ["127.0.0.1:1"], "on_block": lambda *_: None}
+        return Puller(**defaults | kwargs)
+
+    window = CacheSpec((CacheGroup(LayerCache("window", (TensorSpec("k", 1, 1, "float32"),), 8), (0,)),))
+    for field, kwargs in {
+        "kind": {"spec": window},
+        "length": {"length": -1},
+        "lanes": {"lanes": []},
+        "ticket": {"ticket_id": b"short"},
+        "epoch": {"epoch": -1},
+        "idle_s": {"idle_s": 0},
+        "max_staging_bytes": {"max_staging_bytes": 0},
+    }.items():
+        with pytest.raises(InvalidInput, match=field):
+            make(**kwargs)
+
+
+def test_counters_refuse_what_does_not_add_up():
+    total = SPEC.bytes(8)
+    Counters(moved=total).check(SPEC, 8)
+    Counters(moved=total - 8, skipped=8, resent=99).check(SPEC, 8)
+    for wrong in (Counters(moved=total - 1), Counters(moved=total, skipped=1), Counters(moved=total, recomputed_tokens=1)):
+        with pytest.raises(TransferError):
+            wrong.check(SPEC, 8)
