@@ -1,5 +1,6 @@
 """From options to a running engine: every check that needs no weights comes first, then weights, pools, compilation."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def enable_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def ensure_cpu_devices(count: int) -> None:
+    """On the CPU a mesh needs pretended devices, asked for before the first use of jax; no effect on other platforms.
+
+    Once jax is in use nothing changes, and `make_mesh` says what is missing.
+    """
+    if jax.config.values["jax_num_cpu_devices"] < count:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+
+
 def build_runner(options: EngineOptions, random_config: RandomConfig | None = None) -> tuple[Runner, Loaded]:
     """Loads the checkpoint onto the mesh and makes pools and programs.
 
@@ -40,6 +51,7 @@ def build_runner(options: EngineOptions, random_config: RandomConfig | None = No
     check_divides(config.axis_sizes(), spec, options.attention)
     if options.max_length > config.max_position:
         raise InvalidInput("max_length", options.max_length, f"at most max_position={config.max_position} of {config.name}")
+    ensure_cpu_devices(spec.size)
     shard = Sharder(make_mesh(spec), "decode", options.attention)
     compile_count()  # starts counting before the first compilation
     enable_compile_cache()
