@@ -184,8 +184,9 @@ class Steps:
 
         def local(pool: jax.Array, new: jax.Array, table: jax.Array, length: jax.Array, layer: jax.Array) -> jax.Array:
             page = jnp.take_along_axis(table, (length // page_size)[:, None], axis=1, mode="clip")[:, 0]
-            page = layer * pages + jnp.where(length > 0, page, 0)
-            return pool.at[:, page, length % page_size].set(new[:, 0].swapaxes(0, 1), mode="promise_in_bounds")
+            page = jnp.where(length > 0, page, 0)
+            one_layer = new[:, 0][None]
+            return write_tokens(pool, one_layer, page, length % page_size, pages_per_layer=pages, first_layer=layer)
 
         axes = (POOL_AXES, ("batch", None, "kv_heads", None), ("batch", None), ("batch",), ())
         island = self._island(shard, local, axes, POOL_AXES)
