@@ -1,0 +1,248 @@
+"""A prefill engine without a model: times from a function, real bytes, so that everything after it runs as in production."""
+
+import functools
+import itertools
+import logging
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from prfaas_jax.engine.api import (
+    Admitted,
+    EngineStatus,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    PrefillDone,
+    PrefillProgress,
+    SegmentReady,
+    Sink,
+    Token,
+    check_job,
+)
+from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, token_blocks
+from prfaas_jax.kvcache.spec import CacheSpec
+
+_TABLE = 1 << 16
+
+
+def profiled_block(spec: CacheSpec, key: SegmentKey, prompt: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """The cache that a profiled engine makes of a prompt, `[layers, tokens, heads, width]`; bfloat16 as uint16.
+
+    Every (group, tensor, layer, token, head) has finite values of its own, whatever block they are asked for in, so a receiver with
+    other chunks and shards can check what it got.
+    """
+    tensor = key.tensor_spec(spec)
+    layers, tokens, heads = (np.arange(*r, dtype=np.uint32) for r in (key.layers, key.tokens, key.heads))
+    # Unsigned arithmetic wraps; odd multipliers spread neighbours over the table.
+    start = layers[:, None, None] * 2654435761 + tokens[None, :, None] * 2246822519 + heads[None, None, :] * 3266489917
+    start = start + np.uint32((_prompt_digest(prompt) + 668265263 * (key.group * 64 + key.tensor)) % 2**32)
+    start ^= start >> 15
+    block = np.lib.stride_tricks.sliding_window_view(_table(tensor.width, tensor.dtype, seed), tensor.width)[start % _TABLE]
+    return np.ascontiguousarray(block)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(width: int, dtype: str, seed: int) -> np.ndarray:
+    """Normal values to cut rows of `width` elements from, as they travel."""
+    values = np.random.default_rng(seed).standard_normal(_TABLE + width, np.float32)
+    return values if dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _prompt_digest(prompt: tuple[int, ...]) -> int:
+    return zlib.crc32(np.asarray(prompt, np.int64).tobytes())
+
+
+def first_token(prompt: tuple[int, ...], vocab_size: int) -> Token:
+    """The token that a profiled engine draws after a prompt: any, but always the same."""
+    return Token(_prompt_digest(prompt) % vocab_size, 0.0)
+
+
+def _deliver(sink: Sink, event: Event) -> None:
+    """Hands out a job's last event; a sink that raises must not take the engine thread with it."""
+    try:
+        sink(event)
+    except Exception:
+        logging.getLogger(__name__).exception("sink raised on %s", type(event).__name__)
+
+
+class ProfiledPrefillEngine:
+    """`PrefillEngine` of one worker thread: one prompt after the other, chunk by chunk, each taking the time that it is told.
+
+    Events of a chunk: SegmentReady of every tensor, layer range and head slice, then PrefillProgress.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        fingerprint: str,
+        seconds: Callable[[int], float] | None = None,
+        chunk: int = 512,
+        seed: int = 0,
+        *,
+        tokens_per_s: float | None = None,
+        shards: int = 1,
+        layers_per_segment: int | None = None,
+        max_queue: int = 64,
+        vocab_size: int = 32_000,
+        max_length: int = 1 << 20,
+    ):
+        """Exactly one of `seconds` and `tokens_per_s` sets the pace.
+
+        Args:
+            spec: what the cache looks like; paged groups only.
+            fingerprint: of the model that is played.
+            seconds: time to prefill a prompt's first n tokens, non-decreasing in n.
+            chunk: tokens per step; chunks end at absolute multiples of it.
+            seed: of the bytes.
+            tokens_per_s: a constant rate instead of `seconds`.
+            shards: head slices per tensor, at most one per head.
+            layers_per_segment: layers that leave in one segment; None is all of a group.
+            max_queue: prompts waiting before `submit` raises Exhausted.
+            vocab_size: ids are below it.
+            max_length: prompt + max_new_tokens at most.
+
+        Raises InvalidInput naming the argument.
+        """
+        if (seconds is None) == (tokens_per_s is None):
+            raise InvalidInput("seconds", (seconds, tokens_per_s), "either seconds or tokens_per_s")
+        if tokens_per_s is not None and not tokens_per_s > 0:
+            raise InvalidInput("tokens_per_s", tokens_per_s, "a positive number")
+        positive = {"chunk": chunk, "shards": shards, "max_queue": max_queue, "vocab_size": vocab_size, "max_length": max_length}
+        for field, value in positive.items():
+            if value < 1:
+                raise InvalidInput(field, value, "a positive integer")
+        if layers_per_segment is not None and layers_per_segment < 1:
+            raise InvalidInput("layers_per_segment", layers_per_segment, "a positive integer, or None for all")
+        if kinds := sorted({group.cache.kind for group in spec.groups} - {"paged"}):
+            raise InvalidInput("spec", kinds, "paged groups only")
+        self.spec, self.fingerprint = spec, fingerprint
+        rate = tokens_per_s or 1.0
+        self._seconds = seconds or (lambda tokens: tokens / rate)
+        self._chunk, self._seed, self._shards, self._layers = chunk, seed, shards, layers_per_segment
+        self._max_queue, self._vocab_size, self._max_length = max_queue, vocab_size, max_length
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Job, Sink, float]] = deque()
+        self._running: str | None = None
+        self._cancelled: set[str] = set()
+        self._closed = False
+        self._tokens_prefilled = 0
+        self._thread = threading.Thread(target=self._run, name="profiled prefill", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, sink: Sink) -> None:
+        """See `PrefillEngine.submit`. Raises InvalidInput, Exhausted, or EngineFailed after `close`."""
+        check_job(job, self._vocab_size, self._max_length)
+        with self._changed:
+            if self._closed:
+                raise EngineFailed("engine is closed")
+            if job.ticket == self._running or any(job.ticket == waiting.ticket for waiting, _, _ in self._waiting):
+                raise InvalidInput("job.ticket", job.ticket, "a ticket that is not in use")
+            if len(self._waiting) >= self._max_queue:
+                raise Exhausted(f"{len(self._waiting)} prompts are waiting, the queue holds {self._max_queue}")
+            self._waiting.append((job, sink, time.monotonic()))
+            self._changed.notify_all()
+
+    def cancel(self, ticket: str) -> None:
+        """Stops the job at once, or within the segment it is writing; unknown tickets are ignored."""
+        with self._changed:
+            if ticket == self._running or any(ticket == job.ticket for job, _, _ in self._waiting):
+                self._cancelled.add(ticket)
+                self._changed.notify_all()
+
+    def status(self) -> EngineStatus:
+        """Current load; it has no pages and compiles nothing."""
+        with self._changed:
+            return EngineStatus(int(self._running is not None), len(self._waiting), 0, 0, 0, tokens_prefilled=self._tokens_prefilled)
+
+    def close(self) -> None:
+        """Fails outstanding jobs and ends the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(10.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.wait_for(lambda: bool(self._closed or self._waiting))
+                if self._closed:
+                    waiting = list(self._waiting)
+                    self._waiting.clear()
+                    break
+                job, sink, submitted = self._waiting.popleft()
+                self._running = job.ticket
+            end: Event
+            try:
+                end = self._prefill(job, sink, submitted)
+            except Exception as error:  # a sink or pace function that raises fails its own job, not the engine
+                end = Failed(EngineFailed(f"{type(error).__name__}: {error}"))
+            with self._changed:
+                self._running = None
+                self._cancelled.discard(job.ticket)
+            _deliver(sink, end)
+        for job, sink, _ in waiting:
+            _deliver(sink, Failed(EngineFailed(f"engine closed before job {job.ticket} began")))
+
+    def _prefill(self, job: Job, sink: Sink, submitted: float) -> Event:
+        """Runs one job; its last event."""
+        if end := self._interrupted(job, 0.0):
+            return end
+        started = time.monotonic()
+        sink(Admitted())
+        length = len(job.prompt)
+        for tokens in token_blocks((0, length), self._chunk):
+            if end := self._interrupted(job, started + self._seconds(tokens[1])):
+                return end
+            for key in self._keys(tokens):
+                block = profiled_block(self.spec, key, job.prompt, self._seed)
+                sink(SegmentReady(Segment(key, block.data)))
+                if end := self._interrupted(job, 0.0):
+                    return end
+            with self._changed:
+                self._tokens_prefilled += tokens[1] - tokens[0]
+            sink(PrefillProgress(tokens[1]))
+        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, time.monotonic() - started)
+
+    def _interrupted(self, job: Job, until: float) -> Event | None:
+        """Waits until a time of the monotonic clock; the job's last event when it was cancelled or the engine closed meanwhile."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    return Failed(EngineFailed("engine closed"))
+                if job.ticket in self._cancelled:
+                    return Finished("cancelled")
+                dropped = self._drop_cancelled()
+                if not dropped:
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        return None
+                    self._changed.wait(left)
+            for sink in dropped:
+                _deliver(sink, Finished("cancelled"))
+
+    def _drop_cancelled(self) -> list[Sink]:
+        """Takes cancelled jobs out of the queue, so that they need not wait for their turn to end."""
+        dropped = [(job, sink) for job, sink, _ in self._waiting if job.ticket in self._cancelled]
+        self._waiting = deque(entry for entry in self._waiting if entry[0].ticket not in self._cancelled)
+        self._cancelled -= {job.ticket for job, _ in dropped}
+        return [sink for _, sink in dropped]
+
+    def _keys(self, tokens: tuple[int, int]) -> list[SegmentKey]:
+        keys = []
+        for g, group in enumerate(self.spec.groups):
+            step = self._layers or len(group.layers)
+            for layer in range(0, len(group.layers), step):
+                for t, tensor in enumerate(group.cache.tensors):
+                    slices = min(self._shards, tensor.heads)
+                    edges = [s * tensor.heads // slices for s in range(slices + 1)]
+                    layers = (layer, min(len(group.layers), layer + step))
+                    keys += [SegmentKey(g, t, layers, tokens, heads) for heads in itertools.pairwise(edges)]
+        return keys
