@@ -18,6 +18,7 @@ from prfaas_jax.serving.process import run_main, serve
 
 dataclass_flags.define(EngineOptions)
 dataclass_flags.define(DecodeServerOptions)
+flags.adopt_module_key_flags(dataclass_flags)
 GRACE_S = flags.DEFINE_float("grace_s", 10.0, "seconds that running requests get after SIGTERM", lower_bound=0)
 
 

@@ -16,6 +16,7 @@ from prfaas_jax.serving.process import run_main, serve
 from prfaas_jax.serving.router import Router, RouterOptions
 
 dataclass_flags.define(RouterOptions)
+flags.adopt_module_key_flags(dataclass_flags)
 POLICY = flags.DEFINE_enum("policy", "threshold", sorted(POLICIES), "who decides where a prompt is prefilled")
 THRESHOLD_TOKENS = flags.DEFINE_integer("threshold_tokens", 512, "policy threshold: longer prompts go remote", lower_bound=0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "directory or GGUF file with the tokenizer; without it prompts must be token ids")

@@ -1,4 +1,4 @@
-"""A DecodeEngine without a model: deterministic tokens, and every ingested byte is compared with what it must be."""
+"""A DecodeEngine without a model: the other half of the profiled prefill engine, whose every byte it checks."""
 
 import collections
 import dataclasses
@@ -14,15 +14,12 @@ from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import Exhausted, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
-
-# The bytes of a segment of the cache of this prompt, and the token that follows these ids.
-ExpectedBytes = Callable[[tuple[int, ...], SegmentKey], bytes]
-NextToken = Callable[[Sequence[int], bool], api.Token]
+from prfaas_jax.testing.profiled import first_token, profiled_block
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeDecodeOptions:
-    """Sizes and times of a fake decode engine; times are real seconds that its thread sleeps."""
+    """Sizes and times of a fake decode engine; times are real seconds that its thread sleeps. `seed` is the profiled engine's."""
 
     vocab_size: int
     max_length: int = 4096
@@ -32,6 +29,13 @@ class FakeDecodeOptions:
     chunk: int = 64
     prefill_s_per_token: float = 0.0
     step_s: float = 0.0
+    seed: int = 0
+
+
+def next_token(ids: Sequence[int], vocab_size: int, with_logits: bool = False) -> api.Token:
+    """The token that follows `ids`: after a whole prompt, the one that the profiled prefill engine draws."""
+    token = first_token(tuple(ids), vocab_size)
+    return dataclasses.replace(token, logits=np.eye(1, vocab_size, token.token, np.float32)[0]) if with_logits else token
 
 
 @dataclasses.dataclass
@@ -53,10 +57,10 @@ class _Request:
 class FakeDecodeEngine(EngineThread):
     """Implements DecodeEngine; a wrong, missing or repeated byte fails the request with TransferError."""
 
-    def __init__(self, spec: CacheSpec, fingerprint: str, options: FakeDecodeOptions, expected: ExpectedBytes, next_token: NextToken):
+    def __init__(self, spec: CacheSpec, fingerprint: str, options: FakeDecodeOptions):
         super().__init__("fake-decode")
         self.spec, self.fingerprint = spec, fingerprint
-        self._options, self._expected, self._next_token = options, expected, next_token
+        self._options = options
         self._lock = threading.Lock()
         self._queued = 0
         self._pages_free = options.pages
@@ -116,7 +120,7 @@ class FakeDecodeEngine(EngineThread):
         request = self._requests.get(ticket)
         if request is not None:
             assert request.phase == "reserved", request.phase
-            if block.shape != key.shape(self.spec) or block.tobytes() != self._expected(request.job.prompt, key):
+            if not np.array_equal(block, profiled_block(self.spec, key, request.job.prompt, self._options.seed)):
                 self._end(ticket, api.Failed(TransferError(f"wrong bytes in {key}")))
             elif key in request.ingested:
                 self._end(ticket, api.Failed(TransferError(f"{key} came twice")))
@@ -169,7 +173,7 @@ class FakeDecodeEngine(EngineThread):
         self._prefilled += count
         request.sink(api.PrefillProgress(request.prefilled))
         if request.prefilled == len(prompt):
-            request.first = self._next_token(prompt, request.job.sampling.return_logits)
+            request.first = self._next(request)
             request.phase, request.ready_at = "ready", time.monotonic()
             request.sink(api.PrefillDone(request.first, request.begun - request.asked, request.ready_at - request.begun))
 
@@ -181,7 +185,11 @@ class FakeDecodeEngine(EngineThread):
 
     def _advance_running(self, request: _Request) -> None:
         self._decoded += 1
-        self._emit(request, self._next_token((*request.job.prompt, *request.tokens), request.job.sampling.return_logits))
+        self._emit(request, self._next(request))
+
+    def _next(self, request: _Request) -> api.Token:
+        ids = (*request.job.prompt, *request.tokens)
+        return next_token(ids, self._options.vocab_size, request.job.sampling.return_logits)
 
     def _emit(self, request: _Request, token: api.Token) -> None:
         request.tokens.append(token.token)
