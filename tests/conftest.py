@@ -1,9 +1,12 @@
-"""Settings that must stand before jax is imported: CPU, four devices (the largest mesh that a test builds)."""
+"""Settings that must stand before jax is imported: CPU, four devices (the largest mesh that a test builds), compiled programs kept."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from hypothesis import settings
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+from absl import logging
 
 from prfaas_jax.engine.api import (
     Admitted,
@@ -75,6 +76,15 @@ class Block:
     done: Callable[[], None] | None  # set on the last piece of a received block
 
 
+def _settle(fences: list[Any]) -> None:
+    """Waits until no scatter reads its block any more; one that failed reads nothing either."""
+    for fence in fences:
+        try:
+            np.asarray(fence)
+        except Exception as error:  # whatever XLA raises: the requests fail anyway, their staging must come back
+            logging.warning("a scatter of received KV failed: %s", error)
+
+
 class DecodeWorker(EngineThread):
     """`DecodeEngine` over a Runner; see engine/api.py for the protocol."""
 
@@ -124,6 +134,7 @@ class DecodeWorker(EngineThread):
 
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
         """See DecodeEngine.ingest. Raises InvalidInput unless the block is whole in layers and heads."""
+        key.check(self.spec, self._options.max_length)
         expected = (len(self.spec.groups[0].layers), key.tokens[1] - key.tokens[0], *self._heads_width(key.tensor))
         if key.group != 0 or block.shape != expected:
             raise InvalidInput("block shape", block.shape, f"{expected} in group 0")
@@ -158,7 +169,13 @@ class DecodeWorker(EngineThread):
     # --- commands, on the engine thread --------------------------------------------------------------------------------------
 
     def _enqueue(self, request: Request) -> None:
-        self._requests[request.job.ticket] = request
+        ticket = request.job.ticket
+        if ticket in self._requests:
+            with self._lock:
+                self._queued -= 1
+            request.sink(Failed(InvalidInput("ticket", ticket, "a ticket that is not in use")))
+            return
+        self._requests[ticket] = request
         self._waiting.append(request)
 
     def _in_phase(self, ticket: str, *phases: Phase) -> Request | None:
@@ -178,6 +195,10 @@ class DecodeWorker(EngineThread):
     def _queue_block(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
         request = self._in_phase(ticket, "reserved", "receiving")
         if request is None:
+            done()
+            return
+        if key.tokens[1] > len(request.job.prompt):
+            self._end(ticket, Failed(InvalidInput("segment.tokens", key.tokens, f"a range of {len(request.job.prompt)} prompt tokens")))
             done()
             return
         request.phase = "receiving"
@@ -238,7 +259,8 @@ class DecodeWorker(EngineThread):
         self._prefill()
         self._publish()
         self._decode()
-        idle = not (self._running or self._prompts or self._pending_prefill or self._blocks)
+        self._admit()  # what ended in this round may have been all that was running: nothing else would wake those who wait
+        idle = not (self._running or self._prompts or self._pending_prefill or self._blocks or self._ready)
         if idle and self._fences:
             self._release_staging(wait=True)
         return not idle or bool(self._fences)
@@ -261,7 +283,7 @@ class DecodeWorker(EngineThread):
         """Scatters received blocks; while others decode, no more per round than the budget."""
         budget = self._options.ingest_bytes_per_step if self._running else None
         while self._blocks and (budget is None or budget > 0):
-            block = self._blocks.popleft()
+            block = self._blocks[0]
             request, size = block.request, self._options.ingest_tokens
             data = block.data
             if data.shape[1] < size:
@@ -270,6 +292,7 @@ class DecodeWorker(EngineThread):
             held = request.held
             plan = plan_ingest(held.pages, self._options.page_size, block.tokens, size, held.shard, self._runner.shards)
             fence = self._runner.ingest(block.tensor, data, plan)
+            self._blocks.popleft()  # not earlier: if the scatter cannot be dispatched, the failure must still release the block
             if block.done is not None:
                 self._fences.append((fence, block.done))
             if budget is not None:
@@ -354,6 +377,7 @@ class DecodeWorker(EngineThread):
 
     def _fail_all(self, error: PrfaasError) -> None:
         outstanding = list(self._requests.values())
+        fences = [fence for fence, _ in self._fences]
         releases = [b.done for b in self._blocks if b.done] + [done for _, done in self._fences]
         for container in (self._requests, self._waiting, self._ready, self._prompts, self._running, self._blocks, self._fences):
             container.clear()
@@ -363,6 +387,7 @@ class DecodeWorker(EngineThread):
             self._queued = 0
         if not self._closing.is_set():
             self._runner.reset_pools()
+        _settle(fences)
         for done in releases:
             done()
         for request in outstanding:

@@ -24,7 +24,7 @@ from prfaas_jax.engine.plan import PrefillInput, plan_prefill
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.engine.steps import Drawn
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import EngineFailed, Exhausted
+from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
 from prfaas_jax.kvcache.pages import PageAllocator, Reservation
 from prfaas_jax.kvcache.pools import Pools
 from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill
@@ -112,7 +112,7 @@ class PrefillWorker(EngineThread):
             self._queued += 1
             self._arrivals += 1
             prompt = Prompt(job, sink, self._arrivals, time.monotonic())
-        self._post(functools.partial(self._waiting.__setitem__, job.ticket, prompt))
+        self._post(functools.partial(self._enqueue, prompt))
 
     def cancel(self, ticket: str) -> None:
         """See PrefillEngine.cancel."""
@@ -131,6 +131,15 @@ class PrefillWorker(EngineThread):
         )
 
     # --- the engine thread ---------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, prompt: Prompt) -> None:
+        ticket = prompt.job.ticket
+        if ticket in self._waiting or ticket in self._active:
+            with self._lock:
+                self._queued -= 1
+            prompt.sink(Failed(InvalidInput("ticket", ticket, "a ticket that is not in use")))
+            return
+        self._waiting[ticket] = prompt
 
     def _cancel(self, ticket: str) -> None:
         prompt = self._forget(ticket)

@@ -61,7 +61,8 @@ class Runner:
 
     def reset_pools(self) -> None:
         """Fresh pools: at start, and after a failed step whose donated buffers must not be used again."""
-        self.pools: Pools = create_pools(self.spec, self.geometry.pages, self.geometry.page_size, self.shards, self.steps.pool_sharding)
+        self.pools: Pools = ()  # the old ones go first: there may be no room for both
+        self.pools = create_pools(self.spec, self.geometry.pages, self.geometry.page_size, self.shards, self.steps.pool_sharding)
 
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 

@@ -17,6 +17,7 @@ class EngineThread:
     def __init__(self, name: str):
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._posting = threading.Lock()  # a command is either in the inbox before the last drain, or refused
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -25,21 +26,23 @@ class EngineThread:
 
     def close(self) -> None:
         """Stops after the step in progress; outstanding jobs fail. Idempotent."""
-        self._closing.set()
-        self._inbox.put(lambda: None)
+        with self._posting:
+            self._closing.set()
+            self._inbox.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join(_CLOSE_DEADLINE_S)
 
     def _post(self, command: Callable[[], None]) -> None:
-        if self._closing.is_set():
-            raise EngineFailed("the engine is closed")
-        self._inbox.put(command)
+        with self._posting:
+            if self._closing.is_set():
+                raise EngineFailed("the engine is closed")
+            self._inbox.put(command)
 
     def _run(self) -> None:
         busy = False
         while not self._closing.is_set():
-            self._drain(wait=not busy)
             try:
+                self._drain(wait=not busy)
                 busy = self._step()
             except Exception as error:  # a step may raise anything (XLA errors, OOM): the requests fail, the engine lives
                 logging.exception("engine step failed")

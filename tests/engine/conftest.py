@@ -1,0 +1,20 @@
+"""Engines that several test modules share: compiling them costs more than running the tests."""
+
+from collections.abc import Iterator
+
+import pytest
+from engine_harness import make_runner
+
+from prfaas_jax.engine.runner import Runner
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    """One warm Runner on one device; each test makes its own worker over it."""
+    yield make_runner()
+
+
+@pytest.fixture(scope="session")
+def sender() -> Iterator[Runner]:
+    """A warm Runner for prefill alone, of the same shape."""
+    yield make_runner(decode=False, ingest=False)
