@@ -27,14 +27,16 @@ class DecodeServerOptions(FrontOptions):
         insecure: allow an address that others than this machine can reach; there is no TLS yet.
         idle_s: a remote prefill without any sign of life for so long has failed.
         max_staging_bytes: received KV of one request that waits for its scatter.
+        max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
     """
 
-    idle_s: float = 2.5
+    idle_s: float = 5.0
     max_staging_bytes: int = 64 << 20
+    max_unread_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("idle_s", "max_staging_bytes"):
+        for field in ("idle_s", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
 
@@ -51,7 +53,8 @@ class DecodeServer(GenerationFront):
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
         self._peers = PrefillPeers()
-        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, options.idle_s, options.max_staging_bytes)
+        limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
+        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits)
 
     @property
     def fingerprint(self) -> str:

@@ -10,8 +10,6 @@ from prfaas_jax.errors import Exhausted
 
 T = TypeVar("T")
 
-# Generous for tokens and notices; a client that wants logits and does not read them meets it.
-LIMIT_BYTES = 64 << 20
 _ITEM_BYTES = 64
 
 
@@ -21,7 +19,7 @@ class EventQueue(Generic[T]):
     The producer never waits: a consumer that lets more than `limit_bytes` pile up loses the queue instead, with Exhausted.
     """
 
-    def __init__(self, weigh: Callable[[T], int] = lambda item: 0, limit_bytes: int = LIMIT_BYTES):
+    def __init__(self, limit_bytes: int, weigh: Callable[[T], int] = lambda item: 0):
         self._loop = asyncio.get_running_loop()
         self._weigh = weigh
         self._limit = limit_bytes

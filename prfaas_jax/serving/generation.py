@@ -34,6 +34,7 @@ class Site:
     executor: Executor
     idle_s: float
     max_staging_bytes: int
+    max_unread_bytes: int
 
 
 @dataclasses.dataclass
@@ -59,7 +60,7 @@ class Generation:
         self.marks = Marks(arrived)
         self.fallback: RemotePrefillFailed | None = None
         self._job: api.Job | None = None
-        self._events: EventQueue[api.Event] = EventQueue(_weigh)
+        self._events: EventQueue[api.Event] = EventQueue(site.max_unread_bytes, _weigh)
         self._over = False
         self._remote: RemoteResult | None = None
         self._counters = Counters()
@@ -98,7 +99,7 @@ class Generation:
     async def _reserve(self, prompt: tuple[int, ...], sampling: api.SamplingParams) -> None:
         """A fresh ticket with pages of its own."""
         self._progress.phase = "queue"
-        self._events = EventQueue(_weigh)
+        self._events = EventQueue(self._site.max_unread_bytes, _weigh)
         job = api.Job(uuid.uuid4().hex, prompt, sampling)
         self._site.engine.reserve(job, self._events.push)
         self._job, self._over = job, False

@@ -22,6 +22,8 @@ from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
 SERVICE = "prfaas.v1.Prefill"
+# Notices of one control stream that wait for its client to read: a hundred thousand segments.
+_MAX_UNREAD_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +181,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             raise Exhausted(f"{len(self._streams)} prompts are being served (max_requests={self._options.max_requests})")
         ticket = self._outbox.open(len(request.prompt))
         job = api.Job(ticket.hex, tuple(request.prompt), sampling)
-        stream = _Stream(ticket, job, EventQueue())
+        stream = _Stream(ticket, job, EventQueue(_MAX_UNREAD_BYTES))
         try:
             self._engine.submit(job, lambda event: self._on_event(stream, event))
         except BaseException:

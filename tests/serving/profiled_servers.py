@@ -1,0 +1,36 @@
+"""A prefill or decode server without a model, as a process: `python profiled_servers.py --role=prefill`."""
+
+import asyncio
+
+from absl import flags
+from serving_fixtures import decode_engine, prefill_engine
+
+from prfaas_jax.serving.decode_server import DecodeServer, DecodeServerOptions
+from prfaas_jax.serving.prefill_server import PrefillServer, PrefillServerOptions
+from prfaas_jax.serving.process import run_main, serve
+
+ROLE = flags.DEFINE_enum("role", None, ["prefill", "decode"], "which", required=True)
+ADDRESS = flags.DEFINE_string("address", "127.0.0.1:0", "control plane")
+TOKENS_PER_S = flags.DEFINE_float("tokens_per_s", 1e6, "pace of the prefill")
+STEP_S = flags.DEFINE_float("step_s", 0.0, "seconds per decode step")
+IDLE_S = flags.DEFINE_float("idle_s", 5.0, "idle timer of the decode server")
+
+
+async def run(engine) -> None:
+    if ROLE.value == "prefill":
+        server = PrefillServer(engine, PrefillServerOptions(ADDRESS.value))
+    else:
+        server = DecodeServer(engine, None, DecodeServerOptions(ADDRESS.value, idle_s=IDLE_S.value))
+    await serve(server, lambda: {"address": server.address}, grace_s=10)
+
+
+def main(argv: list[str]) -> None:
+    engine = prefill_engine(tokens_per_s=TOKENS_PER_S.value) if ROLE.value == "prefill" else decode_engine(step_s=STEP_S.value)
+    try:
+        asyncio.run(run(engine))
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
