@@ -3,10 +3,8 @@
 Page ids are local to a data shard; page 0 of every shard is a dummy that padded rows may read and write.
 """
 
-import collections
 import dataclasses
 import heapq
-from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Int32
@@ -34,7 +32,7 @@ class Reservation:
 class PageAllocator:
     """Hands out whole requests' worth of pages or nothing; lowest ids first, so that runs are reproducible.
 
-    A page is always in exactly one of three places: free, reserved by one ticket, or retired behind a fence.
+    Freed pages may be handed out at once: steps form a chain through the donated pools, so what is dispatched later runs later.
     """
 
     def __init__(self, pages: int, page_size: int, shards: int = 1):
@@ -45,7 +43,6 @@ class PageAllocator:
         self.pages, self.page_size, self.shards = pages, page_size, shards
         self._free = [list(range(1, pages)) for _ in range(shards)]
         self._reserved: dict[str, Reservation] = {}
-        self._retired: collections.deque[tuple[int, Reservation]] = collections.deque()
 
     @property
     def pages_total(self) -> int:
@@ -54,13 +51,8 @@ class PageAllocator:
 
     @property
     def pages_free(self) -> int:
-        """Pages that can be handed out now, over all shards; retired ones are not among them."""
+        """Pages that can be handed out now, over all shards."""
         return sum(map(len, self._free))
-
-    @property
-    def pages_retired(self) -> int:
-        """Pages that wait for their fence."""
-        return sum(len(r.pages) for _, r in self._retired)
 
     @property
     def max_tokens(self) -> int:
@@ -74,10 +66,8 @@ class PageAllocator:
     def __contains__(self, ticket: str) -> bool:
         return ticket in self._reserved
 
-    def reserve(self, ticket: str, tokens: int, among: Collection[int] | None = None) -> Reservation:
+    def reserve(self, ticket: str, tokens: int) -> Reservation:
         """Reserves pages for `tokens` tokens on the shard with most free pages, lowest index at a tie; all or nothing.
-
-        `among` restricts the shards, e.g. to those with a free decode row.
 
         Raises:
             InvalidInput: `tokens` can never fit, or the ticket already holds pages.
@@ -87,10 +77,7 @@ class PageAllocator:
             raise InvalidInput("ticket", ticket, "a ticket that holds no pages yet")
         if not 1 <= tokens <= self.max_tokens:
             raise InvalidInput("tokens", tokens, f"1..{self.max_tokens}, what {self.pages - 1} pages of {self.page_size} tokens hold")
-        shards = range(self.shards) if among is None else sorted(among)
-        if not shards:
-            raise Exhausted(f"no shard can take {ticket} now")
-        shard = max(shards, key=lambda s: len(self._free[s]))
+        shard = max(range(self.shards), key=lambda s: len(self._free[s]))
         need, free = self.pages_for(tokens), self._free[shard]
         if need > len(free):
             raise Exhausted(f"{ticket} needs {need} pages for {tokens} tokens; the emptiest shard has {len(free)} free")
@@ -100,34 +87,10 @@ class PageAllocator:
         return self._reserved[ticket]
 
     def free(self, ticket: str) -> None:
-        """Returns the ticket's pages at once: nothing that was dispatched may still write to them. InvalidInput if it holds none."""
-        self._give_back(self._take(ticket))
-
-    def retire(self, ticket: str, fence: int) -> None:
-        """Ends the ticket, but keeps its pages until `reclaim(f)` with f >= fence: work numbered up to `fence` may still write them.
-
-        Raises:
-            InvalidInput: the ticket holds no pages, or `fence` is below that of an earlier call.
-        """
-        if self._retired and fence < self._retired[-1][0]:
-            raise InvalidInput("fence", fence, f"at least {self._retired[-1][0]}, the fence retired last")
-        self._retired.append((fence, self._take(ticket)))
-
-    def reclaim(self, completed_fence: int) -> int:
-        """Frees what was retired with a fence <= `completed_fence`; returns how many pages came back."""
-        freed = 0
-        while self._retired and self._retired[0][0] <= completed_fence:
-            _, reservation = self._retired.popleft()
-            self._give_back(reservation)
-            freed += len(reservation.pages)
-        return freed
-
-    def _take(self, ticket: str) -> Reservation:
+        """Returns the ticket's pages; InvalidInput when it holds none."""
         if ticket not in self._reserved:
             raise InvalidInput("ticket", ticket, "a ticket that holds pages (never reserved, or freed before)")
-        return self._reserved.pop(ticket)
-
-    def _give_back(self, reservation: Reservation) -> None:
+        reservation = self._reserved.pop(ticket)
         for page in reservation.pages.tolist():
             heapq.heappush(self._free[reservation.shard], page)
 
@@ -150,10 +113,6 @@ class SlotAllocator:
     def slots_free(self) -> int:
         """Free slots over all shards."""
         return sum(map(len, self._free))
-
-    def open_shards(self) -> tuple[int, ...]:
-        """Shards that have a free slot: the `among` of a page reservation."""
-        return tuple(s for s, free in enumerate(self._free) if free)
 
     def reserve(self, ticket: str, shard: int) -> int:
         """Takes the shard's lowest free slot.
