@@ -91,6 +91,7 @@ class Relay:
         seed: int = 0,
     ):
         """Binds at once; raises InvalidInput for a malformed or busy address or a negative figure. See `set_link` for the units."""
+        _check_link(gbps, rtt_ms, jitter_ms)
         self._target = _host_port("target", target)
         self._links: dict[Direction, _Link] = {"up": _Link(), "down": _Link()}
         self._rng = random.Random(seed)
@@ -100,7 +101,6 @@ class Relay:
         self._pipes: list[_Pipe] = []
         self._selector = selectors.DefaultSelector()
         self._interest: dict[socket.socket, int] = {}
-        self.set_link(gbps, rtt_ms, jitter_ms, wake=False)
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
@@ -116,6 +116,7 @@ class Relay:
         self._wake_out.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self.address = f"{listen.rpartition(':')[0]}:{self.port}"
+        self.set_link(gbps, rtt_ms, jitter_ms)
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
 
     def __enter__(self) -> "Relay":
@@ -134,26 +135,20 @@ class Relay:
 
     # --- controls
 
-    def set_link(self, gbps: float | None = None, rtt_ms: float = 0.0, jitter_ms: float = 0.0, *, wake: bool = True) -> None:
+    def set_link(self, gbps: float | None = None, rtt_ms: float = 0.0, jitter_ms: float = 0.0) -> None:
         """Changes the link from now on.
 
         Args:
             gbps: Gbit/s per direction; None is unlimited.
             rtt_ms: round trip added, half of it in each direction.
             jitter_ms: up to this much more per direction, uniform.
-            wake: whether the event loop is there to be told.
         """
-        if gbps is not None and not gbps > 0:
-            raise InvalidInput("gbps", gbps, "a positive number, or None for an unlimited link")
-        for field, value in (("rtt_ms", rtt_ms), ("jitter_ms", jitter_ms)):
-            if not 0 <= value < 60_000:
-                raise InvalidInput(field, value, "milliseconds in [0, 60000)")
+        _check_link(gbps, rtt_ms, jitter_ms)
         with self._lock:
             for link in self._links.values():
                 link.bytes_per_s = _FOREVER if gbps is None else gbps * 1e9 / 8
                 link.delay_s, link.jitter_s = rtt_ms / 2e3, jitter_ms / 1e3
-            if wake:
-                self._wake()
+            self._wake()
 
     def black_hole(self, seconds: float = _FOREVER) -> None:
         """Nothing passes for `seconds`; connections stay open, and what was sent arrives afterwards."""
@@ -354,6 +349,14 @@ class Relay:
                 # Linger of zero turns close into a reset.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
+
+
+def _check_link(gbps: float | None, rtt_ms: float, jitter_ms: float) -> None:
+    if gbps is not None and not gbps > 0:
+        raise InvalidInput("gbps", gbps, "a positive number, or None for an unlimited link")
+    for field, value in (("rtt_ms", rtt_ms), ("jitter_ms", jitter_ms)):
+        if not 0 <= value < 60_000:
+            raise InvalidInput(field, value, "milliseconds in [0, 60000)")
 
 
 def _host_port(field: str, address: str) -> tuple[str, int]:
