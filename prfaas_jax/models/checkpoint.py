@@ -6,7 +6,6 @@ tokenizer, and last of all the manifest, so that an interrupted save is never ta
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from flax import nnx
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.digest import weights_digest
-from prfaas_jax.models.hf_config import read_hf_eos_ids, read_json
+from prfaas_jax.models.hf_config import read_hf_eos_ids
 from prfaas_jax.models.params import FlatParams, abstract, check_flat, flat_names, from_flat, from_placed, init_random
-from prfaas_jax.models.source import MANIFEST, RandomConfig, open_gguf, read_config, resolve
+from prfaas_jax.models.source import MANIFEST, Manifest, RandomConfig, open_gguf, read_config, read_manifest, resolve
 from prfaas_jax.sharding import MeshSpec, Sharder, check_divides
 
 if TYPE_CHECKING:
@@ -83,12 +82,12 @@ def save(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree))
         checkpointer.wait_until_finished()
-    manifest = {"model": config.to_dict(), "weights_digest": weights_digest(arrays), "eos_ids": list(eos_ids)}
+    manifest = Manifest(config, weights_digest(arrays), eos_ids)
     if jax.process_index() == 0:
         if tokenizer:
             tokenizer.save(path)
         partial = path / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+        partial.write_text(manifest.to_json(), encoding="utf-8")
         os.replace(partial, path / MANIFEST)
 
 
@@ -122,7 +121,7 @@ def load(
 
         params, eos_ids = from_flat(config, read_hf(source.path, dtype)[1], shard), read_hf_eos_ids(source.path)
     else:
-        params, eos_ids = _restore(source.path, config, shard), tuple(read_json(source.path / MANIFEST)["eos_ids"])
+        params, eos_ids = _restore(source.path, config, shard), read_manifest(source.path).eos_ids
     has_tokenizer = gguf is not None or (source.path / "tokenizer.json").exists()
     digest = weights_digest(_arrays(params))
     if source.kind == "orbax":
@@ -143,8 +142,8 @@ def _restore(path: Path, config: ModelConfig, shard: Sharder) -> nnx.State:
 
 def _check_digest(path: Path, config: ModelConfig, digest: str) -> None:
     """Bit rot or a hand-made mixture of directories shows here; after a cast the digest is another one, so not then."""
-    manifest = read_json(path / MANIFEST)
-    if config.dtype == manifest["model"]["dtype"] and digest != manifest["weights_digest"]:
+    manifest = read_manifest(path)
+    if config.dtype == manifest.config.dtype and digest != manifest.weights_digest:
         raise InvalidInput("checkpoint", str(path), f"weights with the digest that {MANIFEST} names, not {digest}")
 
 

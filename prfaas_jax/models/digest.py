@@ -1,6 +1,7 @@
 """A digest over every bit of a model's weights that does not depend on how they are sharded or where they came from."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import jax
@@ -37,8 +38,6 @@ def weights_digest(arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
 
     Reads every element once, on the devices that hold it; host arrays visit the default device one at a time.
     """
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        sums = [int(s) for s in _checksums(arrays[name])]
-        digest.update(f"{name} {arrays[name].shape} {sums}\n".encode())
-    return digest.hexdigest()[:32]
+    sums = {name: [int(s) for s in _checksums(array)] for name, array in sorted(arrays.items())}
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    return hashlib.sha256(json.dumps([sums, shapes], sort_keys=True).encode()).hexdigest()[:32]

@@ -1,6 +1,7 @@
 """What a `--checkpoint` argument names, and the model's shape without its weights. No jax for Hugging Face and Orbax directories."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,6 +34,29 @@ class Source:
     def path(self) -> Path:
         """The location as a path."""
         return Path(self.location)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a saved directory says about itself, beside its parameters."""
+
+    config: ModelConfig
+    weights_digest: str
+    eos_ids: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """Text of the manifest file; `read_manifest` reads it back."""
+        fields = {"model": self.config.to_dict(), "weights_digest": self.weights_digest, "eos_ids": list(self.eos_ids)}
+        return json.dumps(fields, indent=2) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a saved directory; raises InvalidInput when it is damaged."""
+    fields = read_json(directory / MANIFEST)
+    try:
+        return Manifest(ModelConfig.from_dict(fields["model"]), fields["weights_digest"], tuple(fields["eos_ids"]))
+    except (KeyError, TypeError) as e:
+        raise InvalidInput("checkpoint", str(directory / MANIFEST), f"a manifest with model, weights_digest and eos_ids ({e!r})") from e
 
 
 def resolve(text: str | Path) -> Source:
@@ -69,7 +93,7 @@ def read_config(text: str | Path, dtype: str | None = None, random_config: Rando
         case "hf":
             return read_hf_config(source.path, dtype)
         case "orbax":
-            config = ModelConfig.from_dict(read_json(source.path / MANIFEST)["model"])
+            config = read_manifest(source.path).config
         case "gguf":
             return open_gguf(source.path).config(dtype)
         case "random":
