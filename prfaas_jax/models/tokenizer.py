@@ -60,9 +60,11 @@ class Tokenizer:
         for key, supported in (("model", "gpt2"), ("pre", "smollm")):
             if (value := file.get(f"tokenizer.ggml.{key}")) != supported:
                 raise InvalidInput(f"GGUF tokenizer.ggml.{key}", value, f"{supported!r} (take other models' tokenizer.json instead)")
-        tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
-        merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
-        backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        tokens, types, merges = (file.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
+        if not (tokens and types and merges):
+            raise InvalidInput("GGUF tokenizer.ggml", "incomplete", "tokens, token_type and merges")
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ", 1)) for merge in merges]))
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -75,7 +77,7 @@ class Tokenizer:
             special[f"{name}_token"] = "" if token_id is None else tokens[token_id]
         if file.get("tokenizer.ggml.add_bos_token", False):
             bos = special["bos_token"]
-            backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokens.index(bos))])
+            backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
         source = file.get("tokenizer.chat_template")
         return cls(backend, ChatTemplate(source, **special) if source else None, file.eos_ids())
 

@@ -11,6 +11,7 @@ from tokenizers import pre_tokenizers
 from prfaas_jax.models.hf_config import read_json
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ["Ġ t", "h e", "Ġt he", "i n", "1 2", "e r", "o n", "a n", "r e", "Ġ Ġ"]
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
@@ -83,15 +84,15 @@ def write(
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    # The three bytes that never occur in UTF-8 make room for the special tokens.
-    never = {"À", "Á", "õ"}
-    tokens = [*SPECIAL, *(c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in never)]
+    # The thirteen bytes that never occur in UTF-8 make room for special tokens and merges.
+    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    tokens = [*SPECIAL, *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - never), *(m.replace(" ", "") for m in MERGES)]
     assert len(tokens) == 256
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 253)
-    writer.add_token_merges([])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
