@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from prfaas_jax.engine.api import SamplingParams
+from prfaas_jax.engine.api import Job, SamplingParams, check_job
 from prfaas_jax.engine.inputs import read_prompts
 from prfaas_jax.engine.offline import Completion, complete
 from prfaas_jax.engine.options import EngineOptions
+from prfaas_jax.errors import InvalidInput
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
 
@@ -46,6 +47,13 @@ TIMEOUT_S = flags.DEFINE_float("timeout_s", 600.0, "bound on the whole generatio
 WORKDIR = flags.DEFINE_string("workdir", None, "where to keep config, environment, summary and server logs")
 
 
+def _token_ids(field: str, values: list[str]) -> tuple[int, ...]:
+    bad = [value for value in values if not value.strip().isdecimal()]
+    if bad:
+        raise InvalidInput(field, ",".join(values), "token ids separated by commas, such as 0,2")
+    return tuple(int(value) for value in values)
+
+
 def _sampling() -> SamplingParams:
     return SamplingParams(
         temperature=TEMPERATURE.value,
@@ -53,9 +61,25 @@ def _sampling() -> SamplingParams:
         top_p=TOP_P.value,
         seed=SEED.value,
         max_new_tokens=MAX_NEW_TOKENS.value,
-        stop_token_ids=tuple(int(t) for t in STOP.value),
+        stop_token_ids=_token_ids("stop_token_ids", STOP.value),
         return_logits=DUMP.value is not None,
     )
+
+
+def _check(prompts: list[list[int]], sampling: SamplingParams) -> None:
+    """Everything that needs no weights, before any process starts."""
+    from configs.models import load_model_config
+    from prfaas_jax.models.source import read_config
+    from prfaas_jax.sharding import MeshSpec, check_divides
+
+    config = read_config(CHECKPOINT.value, DTYPE.value, load_model_config)
+    for i, prompt in enumerate(prompts):
+        check_job(Job(f"prompt_tokens[{i}]", tuple(prompt), sampling), config.vocab_size, config.max_position)
+    for flag, attention in ((PREFILL_MESH, PREFILL_ATTENTION), (DECODE_MESH, DECODE_ATTENTION)):
+        mesh = MeshSpec.parse(flag.value, flag.name)
+        check_divides(config.axis_sizes(), mesh, attention.value, flag.name)  # type: ignore[arg-type]  # an enum flag
+    if DUMP.value and not pathlib.Path(DUMP.value).absolute().parent.is_dir():
+        raise InvalidInput("dump_logits", DUMP.value, "a file in a folder that exists")
 
 
 def _options(role: str, prompts: list[list[int]]) -> EngineOptions:
@@ -109,6 +133,7 @@ def main(argv: list[str]) -> None:
     """Flags to one call of either path, its result to files and the headline."""
     del argv
     prompts, sampling = read_prompts(PROMPTS.value), _sampling()
+    _check(prompts, sampling)
     workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
     with tempfile.TemporaryDirectory(prefix="prfaas-") as scratch:
         if PATH.value == "colocated":
