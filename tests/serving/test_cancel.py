@@ -119,40 +119,47 @@ def test_a_deadline_names_its_phase_and_leaves_nothing_behind(phase, named):
 
 def test_cancel_at_the_router_reaches_the_prefill_server():
     engine = prefill_engine(tokens_per_s=1.0)
-    with prefill_server(engine) as prefill, decode_server() as decode, router(AlwaysRemote(), decode.address, prefill.address) as front:
-        with channel(front.address) as open_channel:
-            call = generation_pb2_grpc.GenerationStub(open_channel).Generate(request(PROMPT), timeout=60)
-            eventually(lambda: prefill_status(prefill.address).tickets == 1)
-            call.cancel()
-            eventually(lambda: idle(prefill.address, decode.address), 3)
-            assert generation_status(front.address).streams == 0
-            assert error_of(front.address, request(PROMPT), timeout=0.5).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            eventually(lambda: idle(prefill.address, decode.address), 3)
+    with (
+        prefill_server(engine) as prefill,
+        decode_server() as decode,
+        router(AlwaysRemote(), decode.address, prefill.address) as front,
+        channel(front.address) as open_channel,
+    ):
+        call = generation_pb2_grpc.GenerationStub(open_channel).Generate(request(PROMPT), timeout=60)
+        eventually(lambda: prefill_status(prefill.address).tickets == 1)
+        call.cancel()
+        eventually(lambda: idle(prefill.address, decode.address), 3)
+        assert generation_status(front.address).streams == 0
+        assert error_of(front.address, request(PROMPT), timeout=0.5).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(lambda: idle(prefill.address, decode.address), 3)
 
 
 def test_many_at_once_with_cancels_in_between():
-    with prefill_server(prefill_engine(tokens_per_s=20_000)) as prefill, decode_server(decode_engine(pages=64)) as decode:
-        with channel(decode.address) as open_channel:
-            stub = generation_pb2_grpc.GenerationStub(open_channel)
+    with (
+        prefill_server(prefill_engine(tokens_per_s=20_000)) as prefill,
+        decode_server(decode_engine(pages=64)) as decode,
+        channel(decode.address) as open_channel,
+    ):
+        stub = generation_pb2_grpc.GenerationStub(open_channel)
 
-            def one(i: int) -> None:
-                prompt = prompt_of(1 + 37 * i % 300)
-                call = stub.Generate(request(prompt, 5, prefill.address if i % 3 else ""), timeout=30)
-                if i % 4 == 0:
-                    time.sleep(0.003 * i)
-                    call.cancel()
-                    return
-                tokens = [event.token.token.id for event in call if event.HasField("token")]
-                outcomes.append(tokens == greedy(prompt, 5))
+        def one(i: int) -> None:
+            prompt = prompt_of(1 + 37 * i % 300)
+            call = stub.Generate(request(prompt, 5, prefill.address if i % 3 else ""), timeout=30)
+            if i % 4 == 0:
+                time.sleep(0.003 * i)
+                call.cancel()
+                return
+            tokens = [event.token.token.id for event in call if event.HasField("token")]
+            outcomes.append(tokens == greedy(prompt, 5))
 
-            outcomes: list[bool] = []
-            threads = [threading.Thread(target=one, args=(i,)) for i in range(24)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(30)
-            assert outcomes == [True] * 18
-            eventually(lambda: idle(prefill.address, decode.address))
+        outcomes: list[bool] = []
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert outcomes == [True] * 18
+        eventually(lambda: idle(prefill.address, decode.address))
 
 
 def test_a_client_that_does_not_read_is_cut_and_others_go_on():

@@ -63,18 +63,21 @@ def test_a_dead_prefill_server_is_seen_and_prompts_stay_local():
 
 
 def test_a_prefill_server_that_drains_gets_nothing_and_one_that_returns_does():
-    with decode_server() as decode, prefill_server() as first:
-        with router(AlwaysRemote(), decode.address, first.address, poll_s=0.1) as front:
+    with (
+        decode_server() as decode,
+        prefill_server() as first,
+        router(AlwaysRemote(), decode.address, first.address, poll_s=0.1) as front,
+    ):
 
-            def placed() -> tuple[str, int]:
-                usage = generate(front.address, request(prompt_of(50), allow_fallback=True)).usage
-                return usage.placement, usage.fallbacks
+        def placed() -> tuple[str, int]:
+            usage = generate(front.address, request(prompt_of(50), allow_fallback=True)).usage
+            return usage.placement, usage.fallbacks
 
-            assert placed() == ("remote", 0)
-            first._plane.draining = True
-            eventually(lambda: placed() == ("local", 0), what="the router keeps away")
-            first._plane.draining = False
-            eventually(lambda: placed() == ("remote", 0), what="the router comes back")
+        assert placed() == ("remote", 0)
+        first._plane.draining = True
+        eventually(lambda: placed() == ("local", 0), what="the router keeps away")
+        first._plane.draining = False
+        eventually(lambda: placed() == ("remote", 0), what="the router comes back")
 
 
 def test_no_decode_server_is_unavailable():
@@ -116,15 +119,18 @@ def test_fallbacks_are_counted_at_both_ends():
 
 
 def test_two_decode_servers_share_the_load():
-    with decode_server(decode_engine(step_s=0.01)) as one, decode_server(decode_engine(step_s=0.01)) as two:
-        with router(AlwaysLocal(), f"{one.address}, {two.address}") as front:
-            used = []
-            threads = [threading.Thread(target=lambda: used.append(generate(front.address, request([1], 20)).usage)) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(20)
-            assert sorted(u.decode_address for u in used) == sorted([one.address, two.address] * 2)
+    with (
+        decode_server(decode_engine(step_s=0.01)) as one,
+        decode_server(decode_engine(step_s=0.01)) as two,
+        router(AlwaysLocal(), f"{one.address}, {two.address}") as front,
+    ):
+        used = []
+        threads = [threading.Thread(target=lambda: used.append(generate(front.address, request([1], 20)).usage)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(u.decode_address for u in used) == sorted([one.address, two.address] * 2)
 
 
 @pytest.mark.parametrize(
