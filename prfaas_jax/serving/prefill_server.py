@@ -97,8 +97,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
 
     @property
     def lane_address(self) -> str:
-        """What peers are told to fetch from."""
-        return self._options.advertise_lane or self._lanes.address
+        """host:port of the lane, as bound; peers are told `advertise_lane` where that was given."""
+        return self._lanes.address
 
     async def start(self) -> None:
         """Binds both ports and serves; raises InvalidInput naming an address that cannot be bound."""
@@ -196,7 +196,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             ticket=stream.ticket.id,
             epoch=epoch,
             manifest=messages.manifest(self._engine.spec, len(stream.job.prompt)),
-            lanes=[prefill_pb2.Lane(address=self.lane_address, epoch=epoch)],
+            lanes=[prefill_pb2.Lane(address=self._options.advertise_lane or self.lane_address, epoch=epoch)],
         )
 
     def _on_event(self, stream: _Stream, event: api.Event) -> None:

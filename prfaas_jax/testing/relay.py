@@ -150,6 +150,11 @@ class Relay:
                 link.delay_s, link.jitter_s = rtt_ms / 2e3, jitter_ms / 1e3
             self._wake()
 
+    def set_target(self, target: str) -> None:
+        """Where connections go that are accepted from now on; a relay can so be known before the server behind it has a port."""
+        with self._lock:
+            self._target = _host_port("target", target)
+
     def black_hole(self, seconds: float = _FOREVER) -> None:
         """Nothing passes for `seconds`; connections stay open, and what was sent arrives afterwards."""
         with self._lock:

@@ -77,6 +77,15 @@ def ping(sock: socket.socket) -> float:
     return time.perf_counter() - started
 
 
+def test_a_target_may_be_named_after_the_relay_has_its_port():
+    with Target(echo=True) as target, Relay("127.0.0.1:9") as relay:
+        relay.set_target(target.address)
+        with connect(relay) as sock:
+            ping(sock)
+        with pytest.raises(InvalidInput, match="target='nowhere'"):
+            relay.set_target("nowhere")
+
+
 def test_bytes_pass_unchanged_in_both_directions():
     with Target(echo=True) as target, Relay(target.address) as relay, connect(relay) as sock:
         data = pattern(3_000_000)
