@@ -35,7 +35,9 @@ def sample(
 
 def _draw(logits: Float[Array, "B V"], rows: SamplingRows, position: Int[Array, " B"]) -> Int[Array, " B"]:
     vocab = logits.shape[-1]
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    # Differences to the largest logit: a tiny temperature may send all others to -inf, but never makes inf - inf.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = below / jnp.maximum(jnp.where(rows.temperature > 0, rows.temperature, 1.0), jnp.finfo(jnp.float32).tiny)[:, None]
     key = _ordered(scaled)
     top_k = jnp.where(rows.top_k > 0, rows.top_k, vocab)
     # The largest border with at least top_k tokens at or above it.

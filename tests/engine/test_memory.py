@@ -1,0 +1,112 @@
+"""No program copies the pools: temporaries do not grow with them, and donated pools are the outputs."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.models import load_model_config
+from prfaas_jax.engine import steps as steps_module
+from prfaas_jax.engine.api import SamplingParams
+from prfaas_jax.engine.plan import DecodeInput, PrefillInput, plan_decode, plan_ingest, plan_prefill
+from prfaas_jax.engine.steps import StepGeometry, Steps
+from prfaas_jax.kvcache.pools import create_pools, pool_shapes
+from prfaas_jax.kvcache.spec import cache_spec
+from prfaas_jax.models.params import init_random
+from prfaas_jax.ops.paged_attention import reference
+from prfaas_jax.sharding import MeshSpec, make_mesh
+
+CONFIG = load_model_config("qwen3_toy")
+SPEC = cache_spec(CONFIG)
+PAGE = 16
+SMALL, LARGE = 65, 1025
+
+
+def make_steps(pages: int, mesh: str = "data:1,model:1") -> Steps:
+    return Steps(CONFIG, make_mesh(MeshSpec.parse(mesh)), "sharded", StepGeometry(PAGE, pages, 64), "xla")
+
+
+def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
+    """(temporary bytes, aliased bytes, bytes of the pools that the program is given), per device."""
+    shards, model = steps.pool_sharding.mesh.shape["data"], steps.pool_sharding.mesh.shape["model"]
+    pools = pool_shapes(SPEC, steps.geometry.pages, PAGE, shards)
+    nbytes = [p.size * p.dtype.itemsize // (shards * model) for p in pools]
+    width = steps.geometry.width
+    if program == "ingest":
+        block = jax.ShapeDtypeStruct((CONFIG.num_layers, 64, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.float32)
+        lowered = steps.ingest.lower(pools[0], block, plan_ingest(np.ones(4, np.int32), PAGE, (0, 64), 64, 0, shards))
+        nbytes = nbytes[:1]
+    elif program == "prefill":
+        lowered = steps.prefill.lower(steps.abstract_params, pools, plan_prefill([], 2, 64, width))
+    else:
+        lowered = steps.decode.lower(steps.abstract_params, pools, plan_decode([], 8, width))
+    memory = lowered.compile().memory_analysis()
+    return memory.temp_size_in_bytes, memory.alias_size_in_bytes, sum(nbytes)
+
+
+def assert_no_copy(program: str, mesh: str = "data:1,model:1") -> None:
+    small, large = (analyse(make_steps(pages, mesh), program) for pages in (SMALL, LARGE))
+    growth = large[2] - small[2]
+    assert growth > 3 << 20
+    # Alignment and a slightly different schedule are no copies; one page more per layer would be.
+    assert abs(large[0] - small[0]) < growth // 100, (program, small, large)
+    for _, alias, pools in (small, large):
+        assert alias >= pools
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode", "ingest"])
+def test_temporaries_do_not_grow_with_the_pools(program: str) -> None:
+    assert_no_copy(program)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_sharded_programs_copy_no_pool_either(program: str) -> None:
+    assert_no_copy(program, "data:2,model:2")
+
+
+def read_current(q, k_new, v_new, k_pool, v_pool, table, lengths, layer, *, pages_per_layer, scale, implementation):  # type: ignore[no-untyped-def]
+    """The reference, with the current token's k and v taken from the pool, as the kernels do."""
+    page = jnp.take_along_axis(table, (lengths // PAGE)[:, None], axis=1, mode="clip")[:, 0] + layer * pages_per_layer
+    k, v = (pool[:, page, lengths % PAGE].swapaxes(0, 1) for pool in (k_pool, v_pool))
+    return reference.paged_attention(q, k, v, k_pool, v_pool, table, lengths, layer, pages_per_layer=pages_per_layer, scale=scale)
+
+
+@pytest.fixture
+def kernel_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Switches to the path for kernels that read the current token from the pool."""
+
+    def switch() -> None:
+        monkeypatch.setattr(steps_module, "needs_current_in_pool", lambda name: True)
+        monkeypatch.setattr(steps_module, "paged_attention", read_current)
+
+    return switch
+
+
+def test_pools_in_the_carry_are_not_copied(kernel_path: Callable[[], None]) -> None:
+    kernel_path()
+    assert_no_copy("decode")
+
+
+def test_pools_in_the_carry_change_no_bit(kernel_path: Callable[[], None]) -> None:
+    """Two prompts prefilled, three tokens decoded: tokens, logits and pools are those of the other path."""
+    params = init_random(CONFIG, 0, make_steps(SMALL).sharders["decode"])
+    outputs = []
+    for switch in (lambda: None, kernel_path):
+        switch()
+        steps = make_steps(SMALL)
+        pools = create_pools(SPEC, SMALL, PAGE, 1, steps.pool_sharding)
+        pages = [np.arange(1, 6, dtype=np.int32), np.arange(6, 11, dtype=np.int32)]
+        prompts, greedy = [tuple(range(3, 43)), tuple(range(100, 117))], SamplingParams()
+        rows = [PrefillInput(i, p, 0, len(p), pages[i], greedy) for i, p in enumerate(prompts)]
+        pools, drawn, _ = steps.prefill(params, pools, plan_prefill(rows, 2, 64, 64))
+        logits = []
+        for step in range(3):
+            tokens = np.asarray(drawn.token)
+            inputs = [DecodeInput(i, int(tokens[i]), len(p) + step, pages[i], greedy) for i, p in enumerate(prompts)]
+            pools, drawn = steps.decode(params, pools, plan_decode(inputs, 8, 64))
+            logits.append(np.asarray(drawn.logits)[:2])
+        outputs.append((np.stack(logits), *(np.asarray(p).reshape(4, 4, SMALL, PAGE, 16)[:, :, 1:] for p in pools)))
+    for a, b in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(a, b)
