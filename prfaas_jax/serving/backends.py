@@ -10,9 +10,9 @@ from absl import logging
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.policies import ClusterView, Servers, ServerStatus
+from prfaas_jax.serving.control_plane import control_channel
 from prfaas_jax.serving.endpoint import parse_address
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2_grpc
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
 
 Role = Literal["prefill", "decode"]
 
@@ -70,8 +70,7 @@ class Backends:
         """Asks every server once, then periodically in the background."""
         for role, addresses in self._addresses.items():
             for address in addresses:
-                channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-                self._all[role, address] = Backend(role, address, channel)
+                self._all[role, address] = Backend(role, address, control_channel(address))
         await self._ask_all()
         self._poller = asyncio.create_task(self._poll())
 

@@ -10,11 +10,18 @@ from absl import logging
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from prfaas_jax.serving.endpoint import bind
-from prfaas_jax.transfer.channel import SERVER_OPTIONS
+from prfaas_jax.transfer.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
 
+# A server that comes back is found within a second; the default backs off to two minutes.
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 1000), ("grpc.max_reconnect_backoff_ms", 1000))
 _DRAIN_POLL_S = 0.02
 # For handlers that are being cancelled to say so to their clients.
 _LAST_WRITES_S = 0.5
+
+
+def control_channel(address: str) -> Any:
+    """A grpc.aio channel to another server's control plane; it connects on first use and reconnects by itself."""
+    return grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *_RECONNECT))
 
 
 class ControlPlane:

@@ -158,7 +158,7 @@ class Generation:
                     event.cancel()
         finally:
             running.cancel()
-            await asyncio.wait({running})
+            await asyncio.gather(running, return_exceptions=True)
 
     async def _prefill_locally(self) -> None:
         self._progress.phase = "local prefill"

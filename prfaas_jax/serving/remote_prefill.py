@@ -14,8 +14,8 @@ from prfaas_jax.engine import api
 from prfaas_jax.errors import InvalidInput, PeerMismatch, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.control_plane import control_channel
 from prfaas_jax.serving.proto import prefill_pb2, prefill_pb2_grpc
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.puller import Puller
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
@@ -73,7 +73,7 @@ class PrefillPeers:
     def stub(self, address: str) -> prefill_pb2_grpc.PrefillStub:
         """The stub for an address; the channel connects on first use and reconnects by itself."""
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = control_channel(address)
         return prefill_pb2_grpc.PrefillStub(self._channels[address])
 
     def release(self, address: str, ticket: bytes, epoch: int) -> None:
@@ -119,7 +119,8 @@ class RemotePrefill:
         self._engine, self._job, self._address, self._peers, self._executor = engine, job, address, peers, executor
         self._deadline, self._idle_s, self._max_staging_bytes = deadline, idle_s, max_staging_bytes
         self._phase = "handshake"
-        self._tokens = 0
+        self._tokens = 0  # computed there, by its own word
+        self._received = 0  # computed there, as blocks show
         self._first: api.Token | None = None
         self._done: prefill_pb2.Done | None = None
         self._puller: Puller | None = None
@@ -251,6 +252,7 @@ class RemotePrefill:
             self.timeline.first_block = now
             self._phase = "transfer"
         self.timeline.last_block = now
+        self._received = max(self._received, key.tokens[1])
         self._engine.ingest(self._job.ticket, key, block, done)
 
     def _result(self, counters: Counters) -> RemoteResult:
@@ -268,4 +270,4 @@ class RemotePrefill:
         return RemoteResult(first, counters, done.queue_s, done.prefill_s, self.timeline)
 
     def _failed(self, code: grpc.StatusCode, why: str) -> RemotePrefillFailed:
-        return RemotePrefillFailed(self._phase, self._address, code, why, self._tokens)
+        return RemotePrefillFailed(self._phase, self._address, code, why, max(self._tokens, self._received))

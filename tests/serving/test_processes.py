@@ -91,7 +91,8 @@ def test_a_killed_prefill_server_is_a_counted_fallback_at_once(processes, allow_
     address = prefill.ready["address"]
     with decode_server() as decode:
         call = Background(decode.address, request(PROMPT, 4, address, allow_fallback))
-        eventually(lambda: prefill_status(address).engine.tokens_prefilled >= 64)
+        # One chunk more than the decode side must have heard of.
+        eventually(lambda: prefill_status(address).engine.tokens_prefilled >= 128)
         killed = time.monotonic()
         prefill.signal_group(signal.SIGKILL)
         call.join()
@@ -137,6 +138,21 @@ def test_a_dead_prefill_server_is_an_error_in_bounded_time_or_a_fallback():
             call = Background(decode.address, request(PROMPT, 4, address, allow_fallback=True)).join()
             assert call.answer.usage.fallbacks == 1 and call.answer.usage.tokens_recomputed == 0 and call.seconds < 2
             eventually(lambda: idle(None, decode.address))
+
+
+def test_a_prefill_server_that_comes_back_is_used_again(processes):
+    first = server(processes, "prefill")
+    address = first.ready["address"]
+    with decode_server() as decode:
+
+        def placed() -> str:
+            return generate(decode.address, request(prompt_of(10), 2, address, allow_fallback=True)).usage.placement
+
+        assert placed() == "remote"
+        first.stop()
+        assert placed() == "local"
+        server(processes, "prefill", address=address)
+        eventually(lambda: placed() == "remote", 5, "the channel reconnects")
 
 
 def test_a_killed_decode_server_frees_the_prefill_server(processes):
