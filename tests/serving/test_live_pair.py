@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import random
-import threading
 import time
 
 import grpc
@@ -86,12 +85,6 @@ def _one(stub, prefill: str, number: int) -> str:
     return answer.usage.finish_reason
 
 
-def _unpooled() -> tuple[int, int]:
-    """Threads and file descriptors, without the idle workers of the servers' bounded pools."""
-    threads, fds = resources()
-    return threads - sum(t.name.startswith(("decode-server_", "lane_")) for t in threading.enumerate()), fds
-
-
 def test_two_hundred_random_requests_leave_nothing_behind(live_pair, engines):
     prefill, decode = live_pair
     with grpc.insecure_channel(decode, CHANNEL_OPTIONS) as channel:
@@ -100,11 +93,11 @@ def test_two_hundred_random_requests_leave_nothing_behind(live_pair, engines):
         with concurrent.futures.ThreadPoolExecutor(24) as pool:
             list(pool.map(lambda n: _one(stub, prefill, 10_000 + n), range(24)))
         eventually(lambda: idle(prefill, decode), 30, "idle after the warm-up load")
-        before = _unpooled()
+        before = resources()
         with concurrent.futures.ThreadPoolExecutor(24) as pool:
             ends = collections.Counter(pool.map(lambda n: _one(stub, prefill, n), range(REQUESTS)))
         eventually(lambda: idle(prefill, decode), 30, "pages, slots, tickets and staged bytes back")
     assert sum(ends.values()) == REQUESTS and min(ends[end] for end in ("length", "stop", "cancel")) > 10, ends
     for engine in engines:
         assert engine.status().pages_free == engine.status().pages_total
-    eventually(lambda: all(now <= then for now, then in zip(_unpooled(), before, strict=True)), 30, f"threads and fds back to {before}")
+    eventually(lambda: all(now <= then for now, then in zip(resources(), before, strict=True)), 30, f"threads and fds back to {before}")
