@@ -28,6 +28,9 @@ from prfaas_jax.sharding import AttentionSharding, Mode, Sharder
 POOL_AXES = ("kv_heads", "pages", None, None)
 KV_AXES = (None, "batch", None, "kv_heads", None)
 
+# Scope of what runs on each device by itself: attention and pool writes.
+ISLAND = "island"
+
 
 class Drawn(NamedTuple):
     """What a step drew per row. token and logprob are replicated: the host of every process sees them."""
@@ -97,7 +100,9 @@ class Steps:
     def _island(self, shard: Sharder, fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
         """`fn` on each device's own shard, axes given by logical names; attention and scatters never communicate."""
         specs = tuple(shard.spec(*axes) for axes in in_axes)
-        return jax.shard_map(fn, mesh=shard.mesh, in_specs=specs, out_specs=shard.spec(*out_axes), check_vma=False)
+        # The name marks its operations in profiles and compiled programs.
+        named = jax.named_scope(ISLAND)(fn)
+        return jax.shard_map(named, mesh=shard.mesh, in_specs=specs, out_specs=shard.spec(*out_axes), check_vma=False)
 
     # --- prefill -------------------------------------------------------------------------------------------------------------
 
