@@ -3,10 +3,11 @@
 Everything reported is "compiled, not run": bytes and collectives are facts of the compiled program, seconds are lower bounds.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ from prfaas_jax.engine import hlo
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.plan import plan_decode, plan_prefill
 from prfaas_jax.engine.runner import choose_implementation
-from prfaas_jax.engine.steps import StepGeometry, Steps
+from prfaas_jax.engine.steps import ISLAND, StepGeometry, Steps
 from prfaas_jax.engine.targets import GPU_TARGET_CONFIG, Chip, Target
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.pools import pool_shapes
@@ -28,10 +29,6 @@ from prfaas_jax.sharding import MeshSpec, check_divides, make_mesh
 StepName = Literal["prefill", "decode"]
 STEPS: tuple[StepName, ...] = ("prefill", "decode")
 LABEL = "compiled, not run"
-
-# Attention and pool writes run in shard_map islands: their flops come from a formula, because kernels hide them and their loops
-# follow the data.
-_ISLAND = "shard_map"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +158,26 @@ def compile_step(deployed: Deployment, step: StepName) -> StepReport | DoesNotFi
     fn: Any = steps.prefill if step == "prefill" else steps.decode
     lowered = fn.trace(steps.abstract_params, pools, plan).lower(lowering_platforms=(deployed.platform,))
     try:
-        compiled = lowered.compile()
+        with _names_of_this_program():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used .*? of .*? hbm.*", str(error))
         return DoesNotFit(step, held, used[0].strip() if used else str(error).splitlines()[0])
     return _report(deployed, step, compiled, held, pools)
+
+
+@contextlib.contextmanager
+def _names_of_this_program() -> Iterator[None]:
+    """A program from the persistent cache may carry the op names of an older source; here the names are read, so they are in the key."""
+    option = "jax_compilation_cache_include_metadata_in_key"
+    before = jax.config.values[option]
+    jax.config.update(option, True)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def _bytes(a: Any) -> int:
@@ -198,7 +208,8 @@ def _report(deployed: Deployment, step: StepName, compiled: Any, held: dict[str,
     pool_elements = math.prod(pool.shape) // (deployed.mesh.data * deployed.attention_shards)
     collectives = _summary(module, deployed.config.num_layers, conditional=False)
     attention = _attention_flops(deployed, step)
-    flops = hlo.dot_flops(module, skip=lambda op_name: _ISLAND in op_name) + attention
+    # Attention's come from a formula: kernels hide them, and its loops follow the data.
+    flops = hlo.dot_flops(module, skip=lambda op_name: ISLAND in op_name.split("/")) + attention
     moved = _hbm_bytes(deployed, step, held["parameters"])
     bounds = {
         "compute": flops / deployed.chip.peak_flops(deployed.config.dtype),

@@ -94,6 +94,7 @@ class Executed:
         conditional: inside a branch that may not be taken.
         fused: inside a fusion, so that it does not touch memory by itself.
         operands: result shapes of its operands.
+        op_name: where in the traced function it comes from; what the compiler lost is taken from the operation around it.
     """
 
     instruction: Instruction
@@ -102,6 +103,7 @@ class Executed:
     conditional: bool
     fused: bool
     operands: tuple[tuple[Shape, ...], ...]
+    op_name: str
 
     @property
     def times(self) -> int:
@@ -131,20 +133,22 @@ class Module:
 
     def executed(self) -> Iterator[Executed]:
         """Every instruction reachable from the entry, fusions and branches included, scalar reducers left out."""
-        yield from self._walk(self.entry, (), conditional=False, fused=False)
+        yield from self._walk(self.entry, (), conditional=False, fused=False, around="")
 
-    def _walk(self, computation: str, trips: tuple[int, ...], conditional: bool, fused: bool) -> Iterator[Executed]:
+    def _walk(self, computation: str, trips: tuple[int, ...], conditional: bool, fused: bool, around: str) -> Iterator[Executed]:
         table = self.computations[computation]
         for i in table.values():
             operands = tuple(table[o].shapes for o in i.operands if o in table)
-            yield Executed(i, computation, trips, conditional, fused, operands)
+            op_name = i.op_name or around
+            yield Executed(i, computation, trips, conditional, fused, operands, op_name)
             for callee in _callees(i):
                 if callee not in self.computations:
                     continue
                 inner = trips
                 if i.opcode == "while":
                     inner = (*trips, self._trip_count(i) or 1)
-                yield from self._walk(callee, inner, conditional or i.opcode == "conditional", fused or i.opcode == "fusion")
+                branch, fusion = i.opcode == "conditional", i.opcode == "fusion"
+                yield from self._walk(callee, inner, conditional or branch, fused or fusion, op_name)
 
     def _trip_count(self, loop: Instruction) -> int | None:
         """As the compiler wrote it down, else (TPU) from a counter that runs from 0 in constant steps; None when data decides."""
@@ -292,7 +296,7 @@ def dot_flops(module: Module, skip: Callable[[str], bool] = lambda op_name: Fals
     """
     total = 0
     for e in module.executed():
-        if e.conditional or skip(e.instruction.op_name):
+        if e.conditional or skip(e.op_name):
             continue
         match e.instruction.opcode:
             case "dot":
