@@ -80,6 +80,11 @@ def _read(call: grpc.Call) -> tuple[Completion, generation_pb2.Usage]:
     return completion, usage
 
 
+def launch_server(processes: Processes, name: str, role: str, options: EngineOptions) -> Process:
+    """Starts a "prefill" or "decode" server on a free loopback port, without waiting for it."""
+    return processes.launch(name, module_command(f"experiments.serve_{role}", dataclasses.asdict(options)), environment())
+
+
 class Pair:
     """Starts both processes, side by side, when the block is entered; ends them when it is left.
 
@@ -94,16 +99,13 @@ class Pair:
     def __enter__(self) -> "Pair":
         self._processes.__enter__()
         try:
-            with concurrent.futures.ThreadPoolExecutor(2) as pool:
-                self.servers = dict(zip(self._options, pool.map(self._spawn, self._options), strict=True))
+            self.servers = {role: launch_server(self._processes, role, role, options) for role, options in self._options.items()}
+            for server in self.servers.values():
+                server.wait_ready(READY_S)
         except BaseException as error:
             self._processes.__exit__(type(error), error, error.__traceback__)
             raise
         return self
-
-    def _spawn(self, role: str) -> Process:
-        command = module_command(f"experiments.serve_{role}", dataclasses.asdict(self._options[role]))
-        return self._processes.spawn(role, command, environment(), READY_S)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._processes.__exit__(kind, error, trace)

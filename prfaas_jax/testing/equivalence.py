@@ -4,7 +4,6 @@ What is promised (float32): bit-equal logits where both sides run the same mesh,
 elsewhere, with the same top-1 wherever the gap between the two best logits exceeds twice that.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -18,8 +17,8 @@ from prfaas_jax.engine.build import build_decode, ensure_cpu_devices
 from prfaas_jax.engine.offline import Completion, complete
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.models.source import RandomConfig, read_config
-from prfaas_jax.serving.launcher import Process, Processes, environment, module_command
-from prfaas_jax.serving.pair import READY_S, generate
+from prfaas_jax.serving.launcher import Process, Processes
+from prfaas_jax.serving.pair import READY_S, generate, launch_server
 from prfaas_jax.serving.proto import generation_pb2
 
 TOLERANCE = 1e-4
@@ -116,21 +115,23 @@ class Matrix:
     def run(self, layouts: Sequence[Layout]) -> Iterator[Case]:
         """Every prompt through every layout, alone and together with the others."""
         references = self.references()
-        with Processes(self._log_dir) as processes, contextlib.ExitStack() as stack:
-            servers: dict[tuple[str, str, int], Process] = {}
+        with Processes(self._log_dir) as processes:
+            servers: dict[str, Process] = {}
 
-            def address(role: str, mesh: str, page: int) -> str:
-                if (role, mesh, page) not in servers:
-                    options = dataclasses.replace(self._base, mesh=mesh, page_size=page)
-                    command = module_command(f"experiments.serve_{role}", dataclasses.asdict(options))
-                    name = f"{role}-{mesh}-{page}".replace(":", "").replace(",", "-")
-                    servers[role, mesh, page] = processes.spawn(name, command, environment(), READY_S)
-                return servers[role, mesh, page].ready["address"]
+            def server(role: str, mesh: str, page: int) -> Process:
+                name = f"{role}-{mesh}-{page}".replace(":", "").replace(",", "-")
+                if name not in servers:
+                    servers[name] = launch_server(processes, name, role, dataclasses.replace(self._base, mesh=mesh, page_size=page))
+                return servers[name]
 
-            progress = stack.enter_context(tqdm(layouts, desc="disaggregated", unit="layout"))
-            for layout in progress:
-                prefill = address("prefill", layout.prefill_mesh, layout.prefill_page)
-                decode = address("decode", layout.decode_mesh, layout.decode_page)
+            for layout in tqdm(layouts, desc="disaggregated", unit="layout"):
+                pair = (
+                    server("prefill", layout.prefill_mesh, layout.prefill_page),
+                    server("decode", layout.decode_mesh, layout.decode_page),
+                )
+                for process in pair:
+                    process.wait_ready(READY_S)
+                prefill, decode = (process.ready["address"] for process in pair)
                 yield from self._layout(layout, prefill, decode, references)
 
     def _layout(self, layout: Layout, prefill: str, decode: str, references: dict[str, list[Completion]]) -> Iterator[Case]:
