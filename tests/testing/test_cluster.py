@@ -1,5 +1,12 @@
 """The demo's cluster, small: real processes, a WAN in between, and nothing left when the block is left."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import grpc
 import psutil
 import pytest
@@ -55,3 +62,20 @@ def test_the_phase_is_read_from_the_last_progress_bar():
     log += "compiling Toy:  50%|#####     | 1/2 [00:03<00:03]"
     assert phase(log) == "compiling Toy 1/2"
     assert phase("I1 starting: 5 things\n") == ""
+
+
+def test_ctrl_c_while_servers_start_leaves_no_process(tmp_path):
+    code = (
+        "import pathlib, sys\n"
+        "from test_cluster import ENGINE, Cluster, ClusterOptions\n"
+        "with Cluster(ClusterOptions(ENGINE, ENGINE, 100), pathlib.Path(sys.argv[1])): pass\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(started := psutil.Process(parent.pid).children(recursive=True)) < 2:
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(60) != 0
+    assert psutil.wait_procs(started, timeout=10)[1] == []
