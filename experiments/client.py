@@ -20,7 +20,7 @@ from prfaas_jax.serving.endpoint import parse_address
 from prfaas_jax.serving.process import run_main
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.report import usage_dict, usage_table
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
 
 ADDRESS = flags.DEFINE_string("address", None, "host:port of a router or decode server", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "the prompt itself")
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     parse_address("address", ADDRESS.value)
     request = _request()
     text, tokens, usage = "", [], generation_pb2.Usage()
-    with grpc.insecure_channel(ADDRESS.value, CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(ADDRESS.value, FRONT_CHANNEL_OPTIONS) as channel:
         try:
             for event in generation_pb2_grpc.GenerationStub(channel).Generate(request, timeout=TIMEOUT_S.value):
                 if event.HasField("usage"):

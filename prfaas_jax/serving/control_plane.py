@@ -10,7 +10,7 @@ from absl import logging
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from prfaas_jax.serving.endpoint import bind
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
+from prfaas_jax.transfer.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, Options
 
 # A server that comes back is found within a second; the default backs off to two minutes.
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 1000), ("grpc.max_reconnect_backoff_ms", 1000))
@@ -27,9 +27,10 @@ def control_channel(address: str) -> Any:
 class ControlPlane:
     """A grpc.aio server with health checking. `draining` is set before anything else changes."""
 
-    def __init__(self, address: str, service: str):
-        """`service` is the full name of the gRPC service that is served, for health checks by name."""
+    def __init__(self, address: str, service: str, options: Options = SERVER_OPTIONS):
+        """`service` is the full name of the gRPC service that is served, for health checks by name; `options` are gRPC's."""
         self.address = address
+        self._options = options
         self.draining = False
         self._services = ("", service)
         self._health = health.aio.HealthServicer()
@@ -38,7 +39,7 @@ class ControlPlane:
     def bind(self, add: Callable[[Any], None]) -> None:
         """Makes the server, lets `add` put its servicers on it, and binds; raises InvalidInput naming an address that is taken."""
         # No maximum_concurrent_rpcs: it would refuse health checks too. Servicers bound their own calls.
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=self._options)
         add(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.address = bind(self._server, "address", self.address)

@@ -16,6 +16,7 @@ from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
 from prfaas_jax.serving.usage import InvalidRun
+from prfaas_jax.transfer.channel import FRONT_SERVER_OPTIONS
 
 SERVICE = "prfaas.v1.Generation"
 
@@ -50,7 +51,7 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
 
     def __init__(self, options: FrontOptions):
         self._front = options
-        self._plane = ControlPlane(options.address, SERVICE)
+        self._plane = ControlPlane(options.address, SERVICE, FRONT_SERVER_OPTIONS)
         self._streams = 0
         self._fallbacks = 0
         self._served: collections.Counter[str] = collections.Counter()

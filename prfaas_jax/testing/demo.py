@@ -10,7 +10,7 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.tokenizer import Tokenizer
 from prfaas_jax.serving.pair import GenerateFailed
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def ask(address: str, question: str, max_new_tokens: int, on_text: Callable[[str
     request = generation_pb2.GenerateRequest(max_new_tokens=max_new_tokens)
     request.chat.messages.add(role="user", content=question)
     pieces, first_at, usage = [], None, generation_pb2.Usage()
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=FRONT_CHANNEL_OPTIONS) as channel:
         try:
             for event in generation_pb2_grpc.GenerationStub(channel).Generate(request, timeout=timeout_s):
                 if event.HasField("usage"):

@@ -1,7 +1,8 @@
 """gRPC options and process environment that both planes share.
 
-The control plane and the lanes differ in how long a ping may take. On a lane it queues behind megabytes of KV, seconds of a slow link, so
-a lane leaves a frozen peer to the idle timer; control messages are short, so there a late ping means a peer that is gone.
+They differ in how long a ping may take. On a lane it queues behind megabytes of KV, seconds of a slow link, so a lane leaves a frozen peer
+to the idle timer; control messages are short, so between servers a late ping means a peer that is gone. A client is no peer: it may
+stall for seconds and loses nothing but its own stream's pace, so the front that it talks to is as patient as a lane.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def _keepalive(ping_timeout_ms: int) -> Options:
 
 # A link that is silent for a second is ridden out; a frozen peer is seen within two.
 _CONTROL_PINGS: Final = _keepalive(1_500)
-_LANE_PINGS: Final = _keepalive(20_000)
+_PATIENT_PINGS: Final = _keepalive(20_000)
 
 _SERVER: Final[Options] = (
     # A silent prefill is pinged for as long as it computes, and bandwidth probes of a fast stream count as pings too: by default the
@@ -47,9 +48,11 @@ _FRAMES: Final[Options] = (
 
 SERVER_OPTIONS: Final[Options] = (*_CONTROL_PINGS, *_SERVER)
 CHANNEL_OPTIONS: Final[Options] = (*_CONTROL_PINGS, *_CHANNEL)
-LANE_SERVER_OPTIONS: Final[Options] = (*_LANE_PINGS, *_SERVER, *_FRAMES)
+FRONT_SERVER_OPTIONS: Final[Options] = (*_PATIENT_PINGS, *_SERVER)
+FRONT_CHANNEL_OPTIONS: Final[Options] = (*_PATIENT_PINGS, *_CHANNEL)
+LANE_SERVER_OPTIONS: Final[Options] = (*_PATIENT_PINGS, *_SERVER, *_FRAMES)
 LANE_CHANNEL_OPTIONS: Final[Options] = (
-    *_LANE_PINGS,
+    *_PATIENT_PINGS,
     *_CHANNEL,
     *_FRAMES,
     # The calling thread reads a stream itself; no hand-over from a channel thread per message.
