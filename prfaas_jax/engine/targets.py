@@ -164,3 +164,11 @@ def prepare_environment() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Figures of a device that is here, by jax's `device_kind`; None when they are not known."""
+    names = {"TPU v5 lite": ("tpu", "v5e"), "TPU v5e": ("tpu", "v5e"), "TPU v5p": ("tpu", "v5p"), "TPU v5": ("tpu", "v5p")}
+    names |= {"TPU v6 lite": ("tpu", "v6e"), "TPU v6e": ("tpu", "v6e"), "NVIDIA H200": ("gpu", "h200")}
+    found = names.get(device_kind)
+    return CHIPS[found[0]][found[1]] if found else None

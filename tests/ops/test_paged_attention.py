@@ -2,7 +2,6 @@
 
 import functools
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +10,7 @@ import pytest
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.ops import paged_attention as ops
+from prfaas_jax.testing import attention_cases as oracle
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 530]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

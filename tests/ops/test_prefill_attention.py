@@ -1,6 +1,5 @@
 import functools
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from prfaas_jax.ops.prefill_attention import prefill_attention
+from prfaas_jax.testing import attention_cases as oracle
 
 F32 = np.dtype(np.float32)
 attention = jax.jit(prefill_attention, static_argnames=("pages_per_layer", "scale"))

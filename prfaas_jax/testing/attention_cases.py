@@ -1,4 +1,4 @@
-"""Dense float64 attention in numpy, and paged pools filled with shuffled pages for the tests of the attention ops."""
+"""Dense float64 attention in numpy, and paged pools filled with shuffled pages: cases for every attention op, on any device."""
 
 import dataclasses
 

@@ -1,0 +1,144 @@
+"""Checks and measures the engine on the accelerator that is here.
+
+    python -m experiments.device_check                       (writes results/<device>/*.json)
+    python -m experiments.device_check --models=qwen3_0_6b   (measures only this model)
+
+Each op implementation against dense float64 attention, colocated against exported and ingested KV in float32 and bfloat16, bytes
+through pinned host memory, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth. On a CPU only ops and
+a toy's equivalence are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
+"""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from configs.models import load_model_config
+from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.results import Workdir, headline
+from prfaas_jax.serving.process import run_main
+
+WORKDIR = flags.DEFINE_string("workdir", None, "where to write; default: results/<device>")
+MODELS = flags.DEFINE_list("models", ["smollm2_135m", "qwen3_0_6b", "qwen3_8b"], "models to measure, in bfloat16")
+CONTEXT = flags.DEFINE_integer("context", 2048, "prompt tokens per request when measuring")
+BATCH = flags.DEFINE_integer("batch", 32, "decode rows when measuring")
+
+_CHUNK = 256
+_TOY = "qwen3_toy"
+# Between the toy, whose shapes no kernel takes, and the real ones: two layers of a real width.
+_SMALL = "qwen3_0_6b"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _equivalence(platform: str) -> list[dict[str, Any]]:
+    from prfaas_jax.testing.device_engine import check_equivalence
+
+    chunk = 64 if platform == "cpu" else _CHUNK
+    lengths = [1, 17, chunk - 1, chunk + 1, 3 * chunk + 5]
+    configs = [load_model_config(_TOY)]
+    if platform != "cpu":
+        configs.append(dataclasses.replace(load_model_config(_SMALL), num_layers=2))
+    found = []
+    for config in configs:
+        for dtype in ("float32", "bfloat16"):
+            _say(f"equivalence: {config.name} {dtype}")
+            found.append(check_equivalence(dataclasses.replace(config, dtype=dtype), lengths, chunk))
+    return found
+
+
+def _weights(config: ModelConfig) -> tuple[Any, str]:
+    """Parameters in bfloat16 and what they are."""
+    from prfaas_jax.models import checkpoint, smollm2
+    from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
+    from prfaas_jax.testing.device_engine import random_params
+
+    if config.name == smollm2.NAME:
+        try:
+            path = smollm2.fetch()
+        except smollm2.DownloadError as error:
+            logging.warning("random weights of SmolLM2's shape instead: %s", error)
+            return random_params(config), f"random, the checkpoint could not be had: {error}"
+        return checkpoint.load(str(path), Sharder(make_mesh(MeshSpec()), "decode"), config.dtype).params, "SmolLM2-135M-Instruct"
+    return random_params(config), "random"
+
+
+def _engines(device: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """(measurements, what was skipped and why)."""
+    from prfaas_jax.engine.targets import chip_of
+    from prfaas_jax.testing.device_engine import bench_options, measure, needed_bytes
+
+    if device.platform == "cpu":
+        return [], [f"engine {name}: a CPU's rates say nothing about an accelerator" for name in MODELS.value]
+    measured, skipped = [], []
+    chip = chip_of(device.device_kind)
+    if chip is None:
+        skipped.append(f"MFU and bandwidth share: peaks of {device.device_kind} are not known (prfaas_jax/engine/targets.py)")
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    for name in MODELS.value:
+        config = dataclasses.replace(load_model_config(name), dtype="bfloat16")
+        needed = needed_bytes(config, bench_options(config, CONTEXT.value, BATCH.value, 512))
+        if memory is not None and needed > 0.9 * memory:
+            skipped.append(f"engine {name}: needs {needed / 2**30:.1f} GiB of the device's {memory / 2**30:.1f} GiB")
+            continue
+        _say(f"engine: {name}")
+        params, weights = _weights(config)
+        measured.append({**measure(config, params, chip, CONTEXT.value, BATCH.value), "weights": weights})
+    return measured, skipped
+
+
+def main(argv: list[str]) -> None:
+    """All checks, their files and the headline."""
+    del argv
+    import jax
+
+    from prfaas_jax.engine.build import enable_compile_cache
+    from prfaas_jax.testing.device_ops import check_ops, check_staging
+
+    device = jax.devices()[0]
+    name = re.sub(r"[^a-z0-9]+", "_", device.device_kind.lower()).strip("_")
+    workdir = Workdir(WORKDIR.value or Path("results") / name, overwrite=WORKDIR.value is None)
+    enable_compile_cache()
+    workdir.write_env()
+
+    _say(f"ops on {device.device_kind}")
+    ops, skipped = check_ops(device.platform)
+    workdir.write_json("ops.json", {"checks": ops, "skipped": skipped})
+    staging = None
+    if device.platform == "cpu":
+        skipped.append("staging: the CPU's memory is host memory")
+    else:
+        staging = check_staging(device)
+        workdir.write_json("staging.json", staging)
+    equivalence = _equivalence(device.platform)
+    workdir.write_json("equivalence.json", equivalence)
+    engines, not_measured = _engines(device)
+    skipped += not_measured
+    workdir.write_json("engine.json", {"measured": engines, "skipped": not_measured})
+
+    failed = [f"{r['op']} {r['dtype']} head_dim={r['head_dim']} page_size={r['page_size']}: {r['max_error']}" for r in ops if not r["ok"]]
+    failed += [f"equivalence {e['model']} {e['dtype']} {m}" for e in equivalence for m in e["mismatches"]]
+    failed += ["staging: bytes differ"] if staging and not staging["ok"] else []
+    rates = ("prefill_tok_s", "mfu", "decode_tok_s", "bandwidth_share", "weights")
+    summary: dict[str, Any] = {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "ops": len(ops),
+        "equivalence": {f"{e['model']} {e['dtype']}": {k: e[k] for k in ("max_logit_diff", "bit_equal")} for e in equivalence},
+        "staging_bytes_per_s": staging["bytes_per_s"] if staging else None,
+        "engine": {e["model"]: {k: e[k] for k in rates} for e in engines},
+        "failed": failed,
+        "skipped": skipped,
+    }
+    workdir.write_summary(summary)
+    headline(summary)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,73 @@
+"""The device check on a CPU: its code runs, and it notices what it is there to notice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.models import load_model_config
+from prfaas_jax.engine.decode import DecodeWorker
+from prfaas_jax.engine.targets import CHIPS, chip_of
+from prfaas_jax.testing import device_engine, device_ops
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = load_model_config("qwen3_toy")
+
+
+@pytest.mark.slow
+def test_the_command_on_a_cpu_checks_ops_and_a_toy_and_says_what_it_skipped(tmp_path):
+    command = [sys.executable, "-m", "experiments.device_check", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["platform"] == "cpu" and result["failed"] == [] and result["ops"] == 18
+    assert {k: v["bit_equal"] for k, v in result["equivalence"].items()} == {"qwen3_toy float32": True, "qwen3_toy bfloat16": True}
+    for what in ("pallas_gpu", "pallas_tpu", "staging", "qwen3_8b"):
+        assert any(what in reason for reason in result["skipped"])
+    files = {"env.json", "ops.json", "equivalence.json", "engine.json", "summary.json"}
+    assert {p.name for p in tmp_path.iterdir()} == files
+
+
+def test_equivalence_holds_and_a_wrong_byte_is_noticed(monkeypatch):
+    good = device_engine.check_equivalence(TOY, [65], chunk=64, new_tokens=2)
+    assert good["mismatches"] == [] and good["bit_equal"] and good["max_logit_diff"] == 0.0
+    ingest = DecodeWorker.ingest
+
+    def corrupted(self, ticket, key, block, done):
+        block = block.copy()
+        block[0, 0] = -block[0, 0]
+        ingest(self, ticket, key, block, done)
+
+    monkeypatch.setattr(DecodeWorker, "ingest", corrupted)
+    (mismatch,) = device_engine.check_equivalence(TOY, [65], chunk=64, new_tokens=2)["mismatches"]
+    assert "logits differ" in mismatch
+
+
+def test_ops_hold_and_a_wrong_result_is_noticed(monkeypatch):
+    assert device_ops._decode("xla", "float32", 2, 64, 16)["ok"]
+    monkeypatch.setattr(device_ops, "_paged_attention", lambda q, *_, **__: q * np.nan)
+    row = device_ops._decode("xla", "float32", 2, 64, 16)
+    assert not row["ok"] and row["max_error"] is None
+
+
+def test_rates_and_shares_are_those_of_the_formulas():
+    params = device_engine.random_params(TOY)
+    result = device_engine.measure(TOY, params, CHIPS["gpu"]["h200"], context=64, batch=8, chunk=64, repeats=1)
+    layers = 4 * (64 * 16 * 2 * (8 + 4) + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
+    assert result["prefill_flops"] == 2 * layers * 64 + 2 * 512 * 64 + 4 * 16 * 8 * 4 * (64 * 65 // 2)
+    assert result["decode_bytes"] == 4 * TOY.num_params() + 8 * 64 * 2048
+    assert result["mfu"] == pytest.approx(result["prefill_flops"] * result["prefill_tok_s"] / 64 / 67e12)
+    assert result["bandwidth_share"] == pytest.approx(result["decode_bytes"] / result["decode_step_s"] / 4.8e12)
+
+
+def test_staging_keeps_every_bit_pattern():
+    result = device_ops.check_staging(jax.devices()[0], mebibytes=1)
+    assert result["ok"] and result["bytes"] == 2**20
+
+
+def test_devices_are_known_by_their_kind():
+    assert chip_of("NVIDIA H200") is CHIPS["gpu"]["h200"] and chip_of("TPU v5 lite") is CHIPS["tpu"]["v5e"] and chip_of("cpu") is None
