@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MODEL = flags.DEFINE_string("model", "smollm2", "which model; only smollm2 so far")
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "where results and logs go; an earlier demo there is overwritten")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens per answer", lower_bound=2, upper_bound=256)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 48, "most tokens per answer", lower_bound=2, upper_bound=256)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 2000, "length of the long prompt", lower_bound=600, upper_bound=2048)
 THRESHOLD_TOKENS = flags.DEFINE_integer("threshold_tokens", 512, "longer prompts are prefilled remotely", lower_bound=64)
 GBPS = flags.DEFINE_float("gbps", 1.0, "rate of the link between the clusters, Gbit/s", lower_bound=0.001)
