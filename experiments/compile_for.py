@@ -54,7 +54,7 @@ def describe(name: str, report: "StepReport | DoesNotFit", out: Any = sys.stderr
         print(f"  {part:<14} {size(value):>12} per chip", file=out)
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     if message := fields.get("message"):
-        print(f"  does not fit: {message}", file=out)
+        print(f"  fits           NO, by at least {size(report.over_bytes)}: {message}", file=out)
         return
     print(f"  fits           {'yes' if report.fits else 'NO, by ' + size(fields['over_bytes'])}", file=out)
     print(f"  aliased        {size(fields['aliased_bytes']):>12}, pool copies: {', '.join(fields['pool_copies']) or 'none'}", file=out)

@@ -137,10 +137,14 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True)
 class DoesNotFit:
-    """A step that its compiler refused because memory is too small; `message` is the compiler's."""
+    """A step that its compiler refused because memory is too small; `message` is the compiler's.
+
+    `over_bytes` counts what is held between steps; temporaries, which would come on top, are not known.
+    """
 
     step: StepName
     bytes_per_chip: dict[str, int]
+    over_bytes: int
     message: str
     fits: bool = False
     label: str = LABEL
@@ -164,7 +168,8 @@ def compile_step(deployed: Deployment, step: StepName) -> StepReport | DoesNotFi
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used .*? of .*? hbm.*", str(error))
-        return DoesNotFit(step, held, used[0].strip() if used else str(error).splitlines()[0])
+        over = max(0, sum(held.values()) - int(deployed.chip.hbm_bytes))
+        return DoesNotFit(step, held, over, used[0].strip() if used else str(error).splitlines()[0])
     return _report(deployed, step, compiled, held, pools)
 
 

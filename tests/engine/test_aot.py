@@ -135,3 +135,13 @@ def test_the_command_compiles_for_a_pod_that_is_not_here(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["chips"] == 4 and result["decode"]["fits"] and result["decode"]["collectives"]["all-reduce"]["per_layer"] == 2
     assert json.loads((tmp_path / "summary.json").read_text()) == result
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (make install-compile)")
+def test_a_step_that_its_compiler_refuses_is_reported_not_raised():
+    arguments = ["--model=qwen3_8b", "--target=tpu:v5e:2x2", "--mesh=data:1,model:4", "--batch=64", "--context=8192"]
+    done = compile_for(*arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for step in ("prefill", "decode"):
+        assert not result[step]["fits"] and result[step]["over_bytes"] > 5e9 and "memory" in result[step]["message"].lower()
