@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         decode = launch_server(processes, "decode", "decode", options)
         decode.wait_ready(READY_S)
         played = {"checkpoint": CHECKPOINT.value, "dtype": DTYPE.value, "fingerprint": decode.ready["fingerprint"]}
-        command = module_command("prfaas_jax.testing.profiled_server", {**played, "tokens_per_s": TOKENS_PER_S.value})
+        command = module_command("experiments.serve_profiled", {**played, "tokens_per_s": TOKENS_PER_S.value})
         prefill = processes.spawn("prefill", command, environment())
         pace = Pace(decode.ready["address"], prefill.ready["address"], vocab, STREAMS.value, TOKENS.value)
         try:

@@ -1,6 +1,6 @@
 """A prefill server without a model, as a process: real KV bytes at a set pace, so that only the transfer costs something.
 
-    python -m prfaas_jax.testing.profiled_server --checkpoint=random:smollm2_135m --fingerprint=... --tokens_per_s=2000
+    python -m experiments.serve_profiled --checkpoint=random:smollm2_135m --fingerprint=... --tokens_per_s=2000
 """
 
 import asyncio
