@@ -1,6 +1,7 @@
 """A small Prefill-as-a-Service system on this machine: a prefill server behind an emulated WAN, a decode server, a router.
 
-Three processes on free loopback ports. The relays of the WAN run in this process, so that what crosses it can be watched.
+Three processes on free loopback ports. The relays of the WAN run in this process, so that what crosses it can be watched. Timers
+that tell a dead peer are longer than between real hosts: where all compute on the same few cores, a peer that is late is just busy.
 """
 
 import contextlib
@@ -19,10 +20,12 @@ from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.serving.launcher import LaunchFailed, Process, Processes, environment, module_command
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.testing.relay import Relay
-from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
 
 READY_S = 900.0
-_STATUS_S = 10.0
+_STATUS_S = 30.0
+_PATIENCE = {PING_TIMEOUT_ENV: "20"}
+_IDLE_S, _POLL_S = 30.0, 3.0
 _LOG_TAIL_BYTES = 4096
 # "compiling SmolLM2:  50%|#####     | 1/2 [00:03<00:03,  3.20s/program]", as tqdm writes it.
 _BAR = re.compile(r"(?P<what>[^\r\n:|]+):\s+\d+%\|[^|]*\|\s*(?P<done>\d+/\d+)")
@@ -78,10 +81,10 @@ class Cluster:
         # The prefill server is told what to advertise before it has a port of its own: the lane's target follows.
         self.lane = stack.enter_context(Relay("127.0.0.1:9", gbps=options.gbps, rtt_ms=options.rtt_ms))
         processes = stack.enter_context(Processes(self._log_dir))
-        engine_env = environment(options.platform)
+        engine_env = environment(options.platform) | _PATIENCE
         sites: dict[str, dict[str, Any]] = {
             "prefill": dataclasses.asdict(options.prefill) | {"advertise_lane": self.lane.address},
-            "decode": dataclasses.asdict(options.decode),
+            "decode": dataclasses.asdict(options.decode) | {"idle_s": _IDLE_S},
         }
         for name, flags in sites.items():
             self._starting[name] = processes.launch(name, module_command(f"experiments.serve_{name}", flags), engine_env)
@@ -96,9 +99,10 @@ class Cluster:
             "policy": "threshold",
             "threshold_tokens": options.threshold_tokens,
             "tokenizer": options.tokenizer,
+            "poll_s": _POLL_S,
         }
         command = module_command("experiments.serve_router", router)
-        self._starting["router"] = processes.launch("router", command, environment(moves_kv=False))
+        self._starting["router"] = processes.launch("router", command, environment(moves_kv=False) | _PATIENCE)
         self._wait_ready()
         self.address: str = self._starting["router"].ready["address"]
 
@@ -123,12 +127,12 @@ class Cluster:
 
     def decode_status(self) -> generation_pb2.GenerationStatus:
         """The decode server's own account of what it did."""
-        with grpc.insecure_channel(self.decode_address, options=CHANNEL_OPTIONS) as channel:
+        with grpc.insecure_channel(self.decode_address, options=FRONT_CHANNEL_OPTIONS) as channel:
             return generation_pb2_grpc.GenerationStub(channel).Status(common_pb2.StatusRequest(), timeout=_STATUS_S)
 
     def prefill_status(self) -> prefill_pb2.PrefillStatus:
         """The prefill server's, asked over the WAN."""
-        with grpc.insecure_channel(self.control.address, options=CHANNEL_OPTIONS) as channel:
+        with grpc.insecure_channel(self.control.address, options=FRONT_CHANNEL_OPTIONS) as channel:
             return prefill_pb2_grpc.PrefillStub(channel).Status(common_pb2.StatusRequest(), timeout=_STATUS_S)
 
 

@@ -5,10 +5,18 @@ to the idle timer; control messages are short, so between servers a late ping me
 stall for seconds and loses nothing but its own stream's pace, so the front that it talks to is as patient as a lane.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Final
 
+from prfaas_jax.errors import InvalidInput
+
 Options = Sequence[tuple[str, int]]
+
+# Seconds that a ping between servers may take before the peer counts as gone. To be raised where processes that are alive may have to
+# wait for seconds until they run: a whole system on one busy machine.
+PING_TIMEOUT_ENV: Final = "PRFAAS_PING_TIMEOUT_S"
+_PING_TIMEOUT_S: Final = "1.5"
 
 
 def _keepalive(ping_timeout_ms: int) -> Options:
@@ -22,8 +30,19 @@ def _keepalive(ping_timeout_ms: int) -> Options:
     )
 
 
-# A link that is silent for a second is ridden out; a frozen peer is seen within two.
-_CONTROL_PINGS: Final = _keepalive(1_500)
+def _ping_timeout_ms() -> int:
+    text = os.environ.get(PING_TIMEOUT_ENV, _PING_TIMEOUT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 600:
+        raise InvalidInput(PING_TIMEOUT_ENV, text, "seconds from 0.1 to 600")
+    return round(seconds * 1000)
+
+
+# By default a link that is silent for a second is ridden out, and a frozen peer is seen within two.
+_CONTROL_PINGS: Final = _keepalive(_ping_timeout_ms())
 _PATIENT_PINGS: Final = _keepalive(20_000)
 
 _SERVER: Final[Options] = (
