@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.rope import rope_tables, rotate
+from prfaas_jax.ops.thin_matmul import matmul_transposed
 from prfaas_jax.sharding import Sharder
 
 Carry = TypeVar("Carry")
@@ -40,7 +41,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Projects the last axis."""
-        y = jnp.einsum("bti,oi->bto", x, self.weight[...])
+        y = matmul_transposed(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -157,4 +158,4 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Unnormalised log-probabilities in float32."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, head[...], preferred_element_type=jnp.float32)
+        return matmul_transposed(hidden, head[...], preferred_element_type=jnp.float32)

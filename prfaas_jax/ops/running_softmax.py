@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Tokens per key block: fixed, so that results do not depend on page size or table width.
+from prfaas_jax.ops.thin_matmul import FEW_ROWS, matmul_transposed
+
+# Tokens per key block: fixed, so that results do not depend on page size (as long as a page is no larger) or table width. Few queries
+# read smaller blocks: less is read beyond a row's end, and a block stays in a CPU's cache between its gather and the two products.
 KEY_BLOCK = 256
+KEY_BLOCK_FEW = 128
 
 # Score of a masked key: finite, so no inf - inf; far below any score, so its weight is exactly zero.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -31,7 +35,7 @@ class SoftmaxState(NamedTuple):
 
 def scores(q: Float[Array, "K B R H"], k: Float[Array, "K B S H"], scale: float) -> Float[Array, "K B R S"]:
     """Scaled scores in float32."""
-    return jnp.einsum("kbrh,kbsh->kbrs", q, k, preferred_element_type=jnp.float32) * scale
+    return matmul_transposed(q, k, preferred_element_type=jnp.float32) * scale
 
 
 def start_state(s: Float[Array, "K B R S"], v: Float[Array, "K B S H"]) -> SoftmaxState:
@@ -66,7 +70,7 @@ def add_cached(
     """Adds each row's first `lengths[b]` cached tokens, read page by page; the cost follows the longest row, 0 reads nothing."""
     kv_heads, _, page_size, head_dim = k_pool.shape
     batch = table.shape[0]
-    pages = max(1, KEY_BLOCK // page_size)
+    pages = max(1, (KEY_BLOCK_FEW if q.shape[2] < FEW_ROWS else KEY_BLOCK) // page_size)
     block = pages * page_size
     # Entries beyond the table's width are dummies: the last block may reach past it.
     table = jnp.pad(table + layer * pages_per_layer, ((0, 0), (0, -table.shape[1] % pages)))
