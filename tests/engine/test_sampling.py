@@ -151,7 +151,10 @@ def test_equals_at_the_border_are_all_kept() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("max_new_tokens", 0)],
+    [
+        *(("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)),
+        *(("seed", -1), ("max_new_tokens", 0)),
+    ],
 )
 def test_bad_parameters_are_named(field: str, value: float) -> None:
     with pytest.raises(InvalidInput, match=field):
