@@ -11,10 +11,11 @@ from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.decode import DecodeWorker
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
-from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.runner import Runner, choose_implementation
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.checkpoint import Loaded, load
 from prfaas_jax.models.source import RandomConfig, read_config
+from prfaas_jax.scheduling.batching import decode_buckets, prefill_buckets
 from prfaas_jax.sharding import MeshSpec, Sharder, check_divides, make_mesh
 
 
@@ -53,6 +54,11 @@ def build_runner(options: EngineOptions, random_config: RandomConfig | None = No
         raise InvalidInput("max_length", options.max_length, f"at most max_position={config.max_position} of {config.name}")
     ensure_cpu_devices(spec.size)
     shard = Sharder(make_mesh(spec), "decode", options.attention)
+    # What the Runner would refuse, refused before weights are loaded.
+    prefill_buckets(options.chunk, max(options.max_prefill_rows, spec.data), spec.data)
+    decode_buckets(options.max_rows, spec.data)
+    if options.paged_attention is not None:
+        choose_implementation(config, options, shard.mesh.devices.flat[0].platform)
     compile_count()  # starts counting before the first compilation
     enable_compile_cache()
     loaded = load(options.checkpoint, shard, options.dtype, random_config, progress=True)

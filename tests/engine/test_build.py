@@ -6,6 +6,7 @@ import pytest
 from engine_harness import SMALL, Recorder, job, run_local
 
 from configs.models import load_model_config
+from prfaas_jax.engine import build
 from prfaas_jax.engine.api import PrefillDone
 from prfaas_jax.engine.build import build_decode, build_prefill, build_runner
 from prfaas_jax.engine.options import EngineOptions
@@ -28,8 +29,11 @@ from prfaas_jax.errors import InvalidInput
         ({"mesh": "data:2", "max_prefill_rows": 3}, "prefill_rows"),
     ],
 )
-def test_what_does_not_fit_is_named(runner: Runner, change: dict, field: str) -> None:
+def test_what_does_not_fit_is_named_before_weights_are_loaded(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, change: dict, field: str
+) -> None:
     """With `runner`, jax is in use and has its four devices."""
+    monkeypatch.setattr(build, "load", lambda *args, **kwargs: pytest.fail("weights were loaded first"))
     with pytest.raises(InvalidInput, match=field):
         build_runner(dataclasses.replace(SMALL, **change), load_model_config)
 
