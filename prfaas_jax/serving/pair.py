@@ -82,7 +82,9 @@ def _read(call: grpc.Call) -> tuple[Completion, generation_pb2.Usage]:
 
 def launch_server(processes: Processes, name: str, role: str, options: EngineOptions) -> Process:
     """Starts a "prefill" or "decode" server on a free loopback port, without waiting for it."""
-    return processes.launch(name, module_command(f"experiments.serve_{role}", dataclasses.asdict(options)), environment())
+    # On one machine a peer that answers late is busy (compiling, most often), not gone.
+    env = environment() | {PING_TIMEOUT_ENV: "20"}
+    return processes.launch(name, module_command(f"experiments.serve_{role}", dataclasses.asdict(options)), env)
 
 
 class Pair:
