@@ -16,7 +16,7 @@ from prfaas_jax.errors import PrfaasError
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.launcher import Process, Processes, environment, module_command
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
-from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
+from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
 
 READY_S = 600.0
 
