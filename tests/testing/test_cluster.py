@@ -66,7 +66,8 @@ def test_the_phase_is_read_from_the_last_progress_bar():
 
 def test_ctrl_c_while_servers_start_leaves_no_process(tmp_path):
     code = (
-        "import pathlib, sys\n"
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from test_cluster import ENGINE, Cluster, ClusterOptions\n"
         "with Cluster(ClusterOptions(ENGINE, ENGINE, 100), pathlib.Path(sys.argv[1])): pass\n"
     )
