@@ -42,7 +42,7 @@ class EngineOptions:
     max_prefill_rows: int = 4
     max_queue: int = 64
     ingest_tokens: int = 64
-    ingest_bytes_per_step: int = 8 << 20
+    ingest_bytes_per_step: int = 3 << 20
     paged_attention: str | None = None
     warmup: bool = True
 
