@@ -313,7 +313,7 @@ class DecodeWorker(EngineThread):
         previous, self._pending_prefill = self._pending_prefill, None
         open_prompts = {t: p for t, p in self._prompts.items() if p.done < len(p.job.prompt)}
         if open_prompts:
-            self._pending_prefill = dispatch_prefill(self._runner, open_prompts, self._steps)
+            self._pending_prefill = dispatch_prefill(self._runner, open_prompts, self._steps, export=False)
             self._steps += 1
         if previous is None:
             return

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Literal
 
 from prfaas_jax.errors import InvalidInput
-
-SMALLEST_CHUNK = 64
+from prfaas_jax.scheduling.batching import MIN_PREFILL_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +51,8 @@ class EngineOptions:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InvalidInput(field, value, "a positive integer")
-        if self.chunk % SMALLEST_CHUNK:
-            raise InvalidInput("chunk", self.chunk, f"a multiple of {SMALLEST_CHUNK}")
+        if self.chunk % MIN_PREFILL_TOKENS:
+            raise InvalidInput("chunk", self.chunk, f"a multiple of {MIN_PREFILL_TOKENS}")
         if self.page_size & (self.page_size - 1) or self.page_size > 256:
             raise InvalidInput("page_size", self.page_size, "a power of two up to 256")
         if self.attention not in ("sharded", "replicated"):

@@ -58,8 +58,11 @@ class DispatchedStep:
     kv: Pools
 
 
-def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int) -> DispatchedStep:
-    """Chooses rows among `prompts`, dispatches one step and advances the chosen prompts. `step` numbers the steps."""
+def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, export: bool) -> DispatchedStep:
+    """Chooses rows among `prompts`, dispatches one step and advances the chosen prompts.
+
+    `step` numbers the steps; without `export` the new KV stays on the device.
+    """
     choice = choose_prefill([p.item() for p in prompts.values()], runner.prefill_buckets, runner.options.chunk, step)
     rows = []
     for ticket, row, start, count in choice.rows:
@@ -70,7 +73,7 @@ def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int) -> D
         prompt.done, prompt.last_step = start + count, step
         rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, prompt.reservation.pages, prompt.job.sampling)))
     plan = plan_prefill([r for _, r in rows], choice.bucket.rows, choice.bucket.tokens, runner.geometry.width)
-    drawn, kv = runner.prefill(plan)
+    drawn, kv = runner.prefill(plan, export)
     return DispatchedStep(rows, drawn, kv)
 
 
@@ -172,7 +175,7 @@ class PrefillWorker(EngineThread):
         previous, self._pending = self._pending, None
         open_prompts = {t: p for t, p in self._active.items() if p.done < len(p.job.prompt)}
         if open_prompts:
-            self._pending = dispatch_prefill(self._runner, open_prompts, self._steps)
+            self._pending = dispatch_prefill(self._runner, open_prompts, self._steps, export=True)
             self._steps += 1
         if previous is not None:
             self._deliver(previous)

@@ -66,10 +66,10 @@ class Runner:
 
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 
-    def prefill(self, plan: PrefillPlan) -> tuple[Drawn, Pools]:
-        """Runs a prefill step; returns what was drawn and the new (k, v) [L, B, T, K, H], ready to export."""
+    def prefill(self, plan: PrefillPlan, export: bool = True) -> tuple[Drawn, Pools]:
+        """Runs a prefill step; returns what was drawn and the new (k, v) [L, B, T, K, H], on their way to the host if `export`."""
         self.pools, drawn, kv = self.steps.prefill(self.params, self.pools, plan)
-        return drawn, self._to_host(kv)
+        return drawn, self._to_host(kv) if export else kv
 
     def decode(self, plan: DecodePlan) -> Drawn:
         """Runs a decode step."""

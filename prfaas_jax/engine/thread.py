@@ -1,5 +1,6 @@
 """One engine thread owns every jax call; other threads only post commands to it."""
 
+import abc
 import queue
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from prfaas_jax.errors import EngineFailed
 _CLOSE_DEADLINE_S = 60.0
 
 
-class EngineThread:
+class EngineThread(abc.ABC):
     """Runs posted commands between steps. Subclasses give `_step`, `_fail_all` and call `_post`."""
 
     def __init__(self, name: str):
@@ -60,10 +61,10 @@ class EngineThread:
             command()
             wait = False
 
+    @abc.abstractmethod
     def _step(self) -> bool:
         """Does one round of work; returns whether there is more to do without a new command."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _fail_all(self, error: EngineFailed) -> None:
         """Fails every outstanding job and makes the engine usable again."""
-        raise NotImplementedError

@@ -121,7 +121,7 @@ def test_logprob_is_that_of_the_logits(runner: Runner) -> None:
 
 def test_a_short_prompt_beside_a_long_one_waits_two_steps_at_most(sender: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, run = [], sender.prefill
-    monkeypatch.setattr(sender, "prefill", lambda plan: (steps.append(plan), run(plan))[1])
+    monkeypatch.setattr(sender, "prefill", lambda plan, export: (steps.append(plan), run(plan, export))[1])
     at_done: list[int] = []
     long = Recorder()
     short = Recorder(lambda e: at_done.append(len(steps)) if isinstance(e, PrefillDone) else None)
