@@ -23,12 +23,14 @@ class TensorSpec:
         heads: size of the axis that a mesh may shard (kv heads).
         width: elements per head and token.
         dtype: a key of `DTYPE_BYTES`.
+        shared: every head of a query reads all of it (MLA's latent), so a mesh keeps it whole on every device.
     """
 
     name: str
     heads: int
     width: int
     dtype: str
+    shared: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -47,16 +49,16 @@ class LayerCache:
     tensors: tuple[TensorSpec, ...]
     window: int | None = None
 
-    def tokens_kept(self, tokens: int) -> int:
-        """Tokens' worth of tensors held after `tokens` tokens: all, the last `window`, or 1 for a state."""
+    def kept(self, length: int) -> tuple[int, int]:
+        """Token positions [start, stop) held after `length` tokens: all, the last `window`, or for a state the last one."""
         match self.kind:
             case "paged":
-                return tokens
+                return 0, length
             case "window":
                 assert self.window is not None
-                return min(tokens, self.window)
+                return max(0, length - self.window), length
             case "state":
-                return 1
+                return max(0, length - 1), length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,8 @@ class CacheGroup:
 
     def bytes(self, tokens: int) -> int:
         """Canonical bytes of this group for a request of `tokens` tokens."""
-        return len(self.layers) * self.cache.tokens_kept(tokens) * sum(t.token_bytes for t in self.cache.tensors)
+        start, stop = self.cache.kept(tokens)
+        return len(self.layers) * (stop - start) * sum(t.token_bytes for t in self.cache.tensors)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,94 +3,174 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.spec import DTYPE_BYTES, LayerCache, TensorSpec
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, LayerCache
+from prfaas_jax.models.layer_config import (
+    MIXERS,
+    MLPS,
+    AttentionConfig,
+    DenseConfig,
+    Layer,
+    Rope,
+    RopeScaling,
+    part_from_dict,
+    part_to_dict,
+)
+from prfaas_jax.models.pattern import Pattern, fold
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Frequency scaling of rotary embeddings: "linear" divides by `factor`; "llama3" only the long wavelengths, smoothly."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+# Fields of the short form of a config: every layer alike, grouped-query attention and a dense feed-forward (`ModelConfig.dense`).
+_DENSE_FIELDS = (
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "rope_theta",
+    "rope_scaling",
+    "qk_norm",
+    "attention_bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder-only transformer with grouped-query attention (Llama and Qwen3 families).
+    """A decoder-only transformer, layer by layer.
 
-    `dtype` is that of weights, activations and cache; norms and softmax are computed in float32.
+    Attributes:
+        name: for people; not part of the fingerprint.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        max_position: tokens that a request may reach.
+        layers: first layer first.
+        rms_norm_eps: of every norm that has no other.
+        tie_embeddings: the output head is the embedding.
+        norm_offset: norms multiply by 1 + weight (Gemma, Qwen3-Next, Qwen3.5); gated norms inside mixers never do.
+        post_norms: each branch is normed once more before it is added (Gemma 3).
+        normalized_residual: the residual is what the norm in front of the branch gave (MiniMax-Text-01).
+        embed_scale: factor on embeddings, rounded to `dtype` before it is applied.
+        dtype: of weights, activations and cache; norms, softmax and recurrent states are float32.
     """
 
     name: str
     vocab_size: int
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
     max_position: int
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    layers: tuple[Layer, ...]
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    qk_norm: bool = False
-    attention_bias: bool = False
+    norm_offset: bool = False
+    post_norms: bool = False
+    normalized_residual: bool = False
+    embed_scale: float = 1.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-        for field in (*sizes, "max_position"):
+        for field in ("vocab_size", "hidden_size", "max_position"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InvalidInput(f"model.{field}", value, "a positive integer")
-        if self.num_heads % self.num_kv_heads:
-            raise InvalidInput("model.num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={self.num_heads}")
-        if self.head_dim % 2:
-            raise InvalidInput("model.head_dim", self.head_dim, "an even number (rotary embeddings rotate pairs)")
+        if not self.layers:
+            raise InvalidInput("model.layers", self.layers, "at least one layer")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidInput("model.dtype", self.dtype, f"one of {sorted(DTYPE_BYTES)}")
 
-    def layer_caches(self) -> tuple[LayerCache, ...]:
-        """Every layer keeps k and v of all tokens."""
-        tensors = tuple(TensorSpec(name, self.num_kv_heads, self.head_dim, self.dtype) for name in ("k", "v"))
-        return (LayerCache("paged", tensors),) * self.num_layers
+    @classmethod
+    def dense(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        rope_theta: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
+        qk_norm: bool = False,
+        attention_bias: bool = False,
+        **fields: Any,
+    ) -> "ModelConfig":
+        """A model whose layers are all alike: grouped-query attention and a dense feed-forward (Llama, Qwen3)."""
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise InvalidInput("model.num_layers", num_layers, "a positive integer")
+        rope = Rope(rope_theta, scaling=rope_scaling)
+        norm = "head" if qk_norm else "none"
+        mixer = AttentionConfig(num_heads, num_kv_heads, head_dim, rope=rope, qk_norm=norm, bias=attention_bias)
+        return cls(layers=(Layer(mixer, DenseConfig(intermediate_size)),) * num_layers, **fields)
 
-    def axis_sizes(self) -> dict[str, int]:
-        """Sizes of the logical axes that a mesh may shard (sharding.TABLE)."""
-        return {"heads": self.num_heads, "kv_heads": self.num_kv_heads, "mlp": self.intermediate_size, "vocab": self.vocab_size}
+    @property
+    def num_layers(self) -> int:
+        """Depth."""
+        return len(self.layers)
+
+    @property
+    def pattern(self) -> Pattern:
+        """How the layers fold into (head, body x repeats, tail)."""
+        return fold(self.layers)
+
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """What each layer keeps per request."""
+        return tuple(layer.mixer.cache(self.dtype) for layer in self.layers)
+
+    def axis_sizes(self) -> Iterator[tuple[str, int]]:
+        """(logical axis, size) of everything that a mesh may shard (sharding.TABLE), each pair once."""
+        pairs = [("vocab", self.vocab_size)]
+        for layer in dict.fromkeys(self.layers):
+            pairs += [*layer.mixer.axis_sizes(), *layer.mlp.axis_sizes()]
+        yield from dict.fromkeys(pairs)
 
     def num_params(self) -> int:
         """Number of parameters, norms and biases included."""
-        d, h = self.hidden_size, self.head_dim
-        attention = d * h * 2 * (self.num_heads + self.num_kv_heads)
-        attention += h * (self.num_heads + 2 * self.num_kv_heads) if self.attention_bias else 0
-        per_layer = attention + 3 * d * self.intermediate_size + 2 * d + (2 * h if self.qk_norm else 0)
-        return self.num_layers * per_layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        d = self.hidden_size
+        norms = d * (4 if self.post_norms else 2)
+        layers = sum(norms + layer.mixer.num_params(d) + layer.mlp.num_params(d) for layer in self.layers)
+        return layers + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """JSON-ready form: the different layers as "blocks", and their order; `from_dict` reads it back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layers"}
+        names: dict[Layer, str] = {}
+        for layer in dict.fromkeys(self.layers):
+            base = f"{layer.mixer.kind}_{layer.mlp.kind}"
+            taken = sum(name.startswith(base) for name in names.values())
+            names[layer] = f"{base}_{taken + 1}" if taken else base
+        blocks = {
+            name: {
+                "mixer": part_to_dict(layer.mixer),
+                "mlp": part_to_dict(layer.mlp),
+                "mixer_scales": list(layer.mixer_scales),
+                "mlp_scales": list(layer.mlp_scales),
+            }
+            for layer, name in names.items()
+        }
+        return {**fields, "blocks": blocks, "layers": [names[layer] for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from a mapping; raises InvalidInput on unknown or missing fields."""
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - set(known)):
+        """Builds a config from a mapping, in the form of `to_dict` or in the short form of `dense`.
+
+        Raises InvalidInput on unknown or missing fields.
+        """
+        short = "layers" not in fields
+        own = {f.name: f for f in dataclasses.fields(cls)}
+        known = {*own, *(_DENSE_FIELDS if short else ("blocks",))} - ({"layers"} if short else set())
+        if unknown := sorted(set(fields) - known):
             raise InvalidInput("model", unknown, f"only the fields {sorted(known)}")
-        required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+        required = [n for n, f in own.items() if f.default is dataclasses.MISSING and n != "layers"]
+        required += list(_DENSE_FIELDS[:5]) if short else ["layers", "blocks"]
         if missing := [n for n in required if n not in fields]:
             raise InvalidInput("model", dict(fields), f"also the fields {missing}")
         values = dict(fields)
-        if isinstance(values.get("rope_scaling"), Mapping):
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if short:
+            if isinstance(values.get("rope_scaling"), Mapping):
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            return cls.dense(**values)
+        blocks = {name: _block(name, block) for name, block in values.pop("blocks").items()}
+        if unknown := sorted(set(values["layers"]) - set(blocks)):
+            raise InvalidInput("model.layers", unknown, f"only the blocks {sorted(blocks)}")
+        values["layers"] = tuple(blocks[name] for name in values["layers"])
         return cls(**values)
 
     def fingerprint(self) -> str:
@@ -98,3 +178,18 @@ class ModelConfig:
         fields = self.to_dict()
         del fields["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _block(name: str, fields: Mapping[str, Any]) -> Layer:
+    """One entry of "blocks"."""
+    if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(Layer)}):
+        raise InvalidInput(f"model.blocks.{name}", unknown, "only mixer, mlp, mixer_scales and mlp_scales")
+    if missing := sorted({"mixer", "mlp"} - set(fields)):
+        raise InvalidInput(f"model.blocks.{name}", dict(fields), f"also {missing}")
+    mixer = part_from_dict(f"model.blocks.{name}.mixer", MIXERS, fields["mixer"])
+    mlp = part_from_dict(f"model.blocks.{name}.mlp", MLPS, fields["mlp"])
+    scales = {key: tuple(fields[key]) for key in ("mixer_scales", "mlp_scales") if key in fields}
+    for key, pair in scales.items():
+        if len(pair) != 2:
+            raise InvalidInput(f"model.blocks.{name}.{key}", pair, "two numbers, alpha and beta")
+    return Layer(mixer, mlp, **scales)

@@ -1,0 +1,61 @@
+"""A stack of layers as (head, body x repeats, tail), so that compile time follows the pattern and not the depth. No jax here."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """The first `head` layers, then `repeats` times `period` layers that are the same each time, then `tail` layers.
+
+    Head and tail are compiled layer by layer, the body once.
+    """
+
+    head: int
+    period: int
+    repeats: int
+    tail: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole stack."""
+        return self.head + self.body_layers + self.tail
+
+    @property
+    def body_layers(self) -> int:
+        """Layers of all repeats."""
+        return self.period * self.repeats
+
+    def body_position(self, position: int) -> range:
+        """Absolute indices of the layers that stand at `position` of the body, one per repeat."""
+        first = self.head + position
+        return range(first, first + self.body_layers, self.period)
+
+
+def fold(layers: Sequence[Hashable]) -> Pattern:
+    """The pattern of fewest separately compiled layers; at a tie the shortest body, then the shortest head.
+
+    Only equality of layers counts. A stack without repetition is all head.
+    """
+    return _fold(tuple(layers))
+
+
+@functools.lru_cache(maxsize=256)
+def _fold(layers: tuple[Hashable, ...]) -> Pattern:
+    total = len(layers)
+    kinds = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
+    ids = [kinds[layer] for layer in layers]
+    best = (total, 0, total, Pattern(total, 0, 0, 0))
+    for period in range(1, total // 2 + 1):
+        run = 0  # how many layers behind `start` equal the one a period later
+        for start in range(total - period - 1, -1, -1):
+            run = run + 1 if ids[start] == ids[start + period] else 0
+            repeats = run // period + 1
+            if repeats < 2:
+                continue
+            tail = total - start - period * repeats
+            found = (start + period + tail, period, start, Pattern(start, period, repeats, tail))
+            if found[:3] < best[:3]:
+                best = found
+    return best[3]
