@@ -1,0 +1,42 @@
+"""A Kimi Linear small enough for tests: 795,700 parameters, 480 KV bytes per token and 44,800 fixed bytes in float32.
+
+Ours, random weights. KDA:MLA as in Kimi-Linear-48B: every fourth layer is MLA and so is the last one; a dense first layer, then
+experts. It folds into 1 head layer, 2 x 4 body layers and 1 tail layer. 4 heads, so that a model axis of 1, 2 or 4 divides them.
+
+    python -m experiments.check_equivalence --model=configs/models/kimi_linear_toy.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Fields of ModelConfig."""
+    kda = {"kind": "kda", "num_heads": 4, "key_dim": 16, "value_dim": 16, "gate_rank": 16}
+    mla = {"kind": "mla", "num_heads": 4, "kv_lora_rank": 32, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
+    dense = {"kind": "dense", "intermediate_size": 128}
+    moe = {
+        "kind": "moe",
+        "num_experts": 8,
+        "top_k": 2,
+        "intermediate_size": 32,
+        "scoring": "sigmoid",
+        "correction_bias": True,
+        "scale": 2.446,
+        "shared_size": 32,
+    }
+    return ConfigDict(
+        {
+            "name": "kimi_linear_toy",
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "max_position": 4096,
+            "blocks": {
+                "kda_dense": {"mixer": kda, "mlp": dense},
+                "kda": {"mixer": kda, "mlp": moe},
+                "mla": {"mixer": mla, "mlp": moe},
+            },
+            "layers": ["kda_dense", "kda", "kda", "mla", "kda", "kda", "kda", "mla", "kda", "mla"],
+            "rms_norm_eps": 1e-5,
+            "dtype": "float32",
+        }
+    )
