@@ -141,7 +141,7 @@ Sink = Callable[[Event], None]
 
 @dataclasses.dataclass(frozen=True)
 class EngineStatus:
-    """A consistent snapshot, for health, routing and leak tests."""
+    """A consistent snapshot, for health, routing and leak tests; state slots are 0 for a model that keeps no windows or states."""
 
     running: int
     waiting: int
@@ -151,6 +151,8 @@ class EngineStatus:
     local_prefills: int = 0
     tokens_prefilled: int = 0
     tokens_decoded: int = 0
+    state_slots_free: int = 0
+    state_slots_total: int = 0
 
 
 class PrefillEngine(Protocol):
@@ -186,7 +188,7 @@ class DecodeEngine(Protocol):
     fingerprint: str
 
     def reserve(self, job: Job, sink: Sink) -> None:
-        """Queues for pages for prompt + max_new_tokens; Admitted when they are there.
+        """Queues for pages for prompt + max_new_tokens, and a state slot; Admitted when they are there.
 
         Then exactly one of: `prefill_local`, or `ingest`* followed by `commit`. Raises InvalidInput or Exhausted.
         """
@@ -197,9 +199,10 @@ class DecodeEngine(Protocol):
         ...
 
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
-        """Queues a verified block `[layers, tokens, all heads, width]` for the ticket's own pages.
+        """Queues a verified block `[layers, tokens, all heads, width]` for the ticket's own pages or slot.
 
-        `done` is called from the engine thread once `block` may be reused. bfloat16 travels as uint16 views.
+        Pages and windows come whole in layers, states in any layer range. `done` is called from the engine thread once `block` may be
+        reused. bfloat16 travels as uint16 views.
         """
         ...
 

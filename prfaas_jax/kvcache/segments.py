@@ -7,7 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheSpec, TensorSpec
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheGroup, CacheSpec, LayerCache, TensorSpec
+
+# Bytes that a segment of states has at most, if one layer allows: a receiver stages a segment whole, and it keeps to tens of MiB.
+STATE_SEGMENT_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -18,7 +21,7 @@ class SegmentKey:
         group: index into `CacheSpec.groups`.
         tensor: index into the group's tensors.
         layers: range within the group's layers.
-        tokens: range of absolute token positions; for a state group `(n, n + 1)`, the state at length n + 1.
+        tokens: range of absolute token positions; for a state group `(n - 1, n)`, the state after n tokens.
         heads: range of heads: the exporting device's shard slice.
     """
 
@@ -48,13 +51,13 @@ class SegmentKey:
         return layers * tokens * heads * width * DTYPE_BYTES[self.tensor_spec(spec).dtype]
 
     def check(self, spec: CacheSpec, length: int) -> None:
-        """Raises InvalidInput unless every range is non-empty and inside the cache of a `length`-token request."""
-        tensor = self.tensor_spec(spec)
-        bounds = {"layers": len(spec.groups[self.group].layers), "tokens": length, "heads": tensor.heads}
-        for field, limit in bounds.items():
+        """Raises InvalidInput unless every range is non-empty and inside what a `length`-token request leaves behind."""
+        tensor, group = self.tensor_spec(spec), spec.groups[self.group]
+        bounds = {"layers": (0, len(group.layers)), "tokens": group.cache.kept(length), "heads": (0, tensor.heads)}
+        for field, (first, limit) in bounds.items():
             start, stop = getattr(self, field)
-            if not 0 <= start < stop <= limit:
-                raise InvalidInput(f"segment.{field}", (start, stop), f"a non-empty range inside [0, {limit})")
+            if not first <= start < stop <= limit:
+                raise InvalidInput(f"segment.{field}", (start, stop), f"a non-empty range inside [{first}, {limit})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +75,20 @@ def token_blocks(tokens: tuple[int, int], block: int) -> Iterator[tuple[int, int
         end = min(stop, (start // block + 1) * block)
         yield start, end
         start = end
+
+
+def kept_part(cache: LayerCache, tokens: tuple[int, int], length: int) -> tuple[int, int] | None:
+    """The part of computed `tokens` that a `length`-token request leaves behind; None when nothing of them stays."""
+    first, stop = cache.kept(length)
+    start, stop = max(tokens[0], first), min(tokens[1], stop)
+    return (start, stop) if start < stop else None
+
+
+def layer_blocks(group: CacheGroup, tensor: int) -> Iterator[tuple[int, int]]:
+    """Layer ranges in which a group's tensor leaves: states by about `STATE_SEGMENT_BYTES`, everything else whole."""
+    layers = len(group.layers)
+    step = layers
+    if group.cache.kind == "state":
+        step = max(1, min(layers, STATE_SEGMENT_BYTES // group.cache.tensors[tensor].token_bytes))
+    for first in range(0, layers, step):
+        yield first, min(layers, first + step)

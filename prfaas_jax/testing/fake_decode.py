@@ -11,10 +11,11 @@ import numpy as np
 
 from prfaas_jax.engine import api
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import Exhausted, PrfaasError, TransferError
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.testing.profiled import first_token, profiled_block
+from prfaas_jax.transfer.coverage import Coverage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,8 @@ class _Request:
     job: api.Job
     sink: api.Sink
     pages: int
+    coverage: Coverage
     phase: str = "waiting"
-    ingested: set[SegmentKey] = dataclasses.field(default_factory=set)
-    bytes: int = 0
     prefilled: int = 0
     begun: float = 0.0
     asked: float = 0.0
@@ -79,7 +79,8 @@ class FakeDecodeEngine(EngineThread):
                 raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={options.max_queue})")
             self._queued += 1
         pages = -(-(len(job.prompt) + job.sampling.max_new_tokens) // options.page_size)
-        self._post(functools.partial(self._enqueue, _Request(job, sink, pages)))
+        coverage = Coverage(self.spec, len(job.prompt))
+        self._post(functools.partial(self._enqueue, _Request(job, sink, pages, coverage)))
 
     def prefill_local(self, ticket: str) -> None:
         """See DecodeEngine.prefill_local."""
@@ -120,20 +121,27 @@ class FakeDecodeEngine(EngineThread):
         request = self._requests.get(ticket)
         if request is not None:
             assert request.phase == "reserved", request.phase
-            if not np.array_equal(block, profiled_block(self.spec, key, request.job.prompt, self._options.seed)):
-                self._end(ticket, api.Failed(TransferError(f"wrong bytes in {key}")))
-            elif key in request.ingested:
-                self._end(ticket, api.Failed(TransferError(f"{key} came twice")))
-            else:
-                request.ingested.add(key)
-                request.bytes += block.nbytes
+            try:
+                self._check_block(request, key, block)
+            except PrfaasError as error:
+                self._end(ticket, api.Failed(error))
         done()
+
+    def _check_block(self, request: _Request, key: SegmentKey, block: np.ndarray) -> None:
+        """Raises unless the block is a whole-headed part of what the prompt leaves behind, has the right bytes, and is new."""
+        prompt = request.job.prompt
+        key.check(self.spec, len(prompt))
+        heads = key.tensor_spec(self.spec).heads
+        if key.heads != (0, heads):
+            raise InvalidInput("segment.heads", key.heads, f"all {heads}")
+        if not np.array_equal(block, profiled_block(self.spec, key, prompt, self._options.seed)):
+            raise TransferError(f"wrong bytes in {key}")
+        request.coverage.claim(key)
 
     def _commit(self, ticket: str, first: api.Token) -> None:
         if request := self._requests.get(ticket):
-            expected = self.spec.bytes(len(request.job.prompt))
-            if request.bytes != expected:
-                self._end(ticket, api.Failed(TransferError(f"committed with {request.bytes} of {expected} bytes")))
+            if gap := request.coverage.gap():
+                self._end(ticket, api.Failed(TransferError(f"committed without {gap}")))
                 return
             request.phase, request.first, request.ready_at = "ready", first, time.monotonic()
 

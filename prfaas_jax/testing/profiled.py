@@ -26,7 +26,7 @@ from prfaas_jax.engine.api import (
     check_job,
 )
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
-from prfaas_jax.kvcache.segments import Segment, SegmentKey, token_blocks
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part, layer_blocks, token_blocks
 from prfaas_jax.kvcache.spec import CacheSpec
 
 _TABLE = 1 << 16
@@ -75,7 +75,8 @@ def _deliver(sink: Sink, event: Event) -> None:
 class ProfiledPrefillEngine:
     """`PrefillEngine` of one worker thread: one prompt after the other, chunk by chunk, each taking the time that it is told.
 
-    Events of a chunk: SegmentReady of every tensor, layer range and head slice, then PrefillProgress.
+    Events of a chunk: SegmentReady of every tensor, layer range and head slice that stays, then PrefillProgress. A window's tokens leave
+    when they are among the prompt's last ones, states with the last chunk.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class ProfiledPrefillEngine:
         """Exactly one of `seconds` and `tokens_per_s` sets the pace.
 
         Args:
-            spec: what the cache looks like; paged groups only.
+            spec: what the cache looks like.
             fingerprint: of the model that is played.
             seconds: time to prefill a prompt's first n tokens, non-decreasing in n.
             chunk: tokens per step; chunks end at absolute multiples of it.
             seed: of the bytes.
             tokens_per_s: a constant rate instead of `seconds`.
             shards: head slices per tensor, at most one per head.
-            layers_per_segment: layers that leave in one segment; None is all of a group.
+            layers_per_segment: layers that leave in one segment; None is what a real engine sends, see `layer_blocks`.
             max_queue: prompts waiting before `submit` raises Exhausted.
             vocab_size: ids are below it.
             max_length: prompt + max_new_tokens at most.
@@ -120,8 +121,6 @@ class ProfiledPrefillEngine:
                 raise InvalidInput(field, value, "a positive integer")
         if layers_per_segment is not None and layers_per_segment < 1:
             raise InvalidInput("layers_per_segment", layers_per_segment, "a positive integer, or None for all")
-        if kinds := sorted({group.cache.kind for group in spec.groups} - {"paged"}):
-            raise InvalidInput("spec", kinds, "paged groups only")
         self.spec, self.fingerprint = spec, fingerprint
         rate = tokens_per_s or 1.0
         self._seconds = seconds or (lambda tokens: tokens / rate)
@@ -201,7 +200,7 @@ class ProfiledPrefillEngine:
         for tokens in token_blocks((0, length), self._chunk):
             if end := self._interrupted(job, started + self._seconds(tokens[1])):
                 return end
-            for key in self._keys(tokens):
+            for key in self._keys(tokens, length):
                 block = profiled_block(self.spec, key, job.prompt, self._seed)
                 sink(SegmentReady(Segment(key, block.data)))
                 if end := self._interrupted(job, 0.0):
@@ -235,14 +234,16 @@ class ProfiledPrefillEngine:
         self._cancelled -= {job.ticket for job, _ in dropped}
         return [sink for _, sink in dropped]
 
-    def _keys(self, tokens: tuple[int, int]) -> list[SegmentKey]:
+    def _keys(self, tokens: tuple[int, int], length: int) -> list[SegmentKey]:
         keys = []
         for g, group in enumerate(self.spec.groups):
-            step = self._layers or len(group.layers)
-            for layer in range(0, len(group.layers), step):
-                for t, tensor in enumerate(group.cache.tensors):
-                    slices = min(self._shards, tensor.heads)
-                    edges = [s * tensor.heads // slices for s in range(slices + 1)]
-                    layers = (layer, min(len(group.layers), layer + step))
-                    keys += [SegmentKey(g, t, layers, tokens, heads) for heads in itertools.pairwise(edges)]
+            kept = kept_part(group.cache, tokens, length)
+            if kept is None:
+                continue
+            for t, tensor in enumerate(group.cache.tensors):
+                slices = min(self._shards, tensor.heads)
+                edges = [s * tensor.heads // slices for s in range(slices + 1)]
+                step = self._layers
+                blocks = layer_blocks(group, t) if step is None else token_blocks((0, len(group.layers)), step)
+                keys += [SegmentKey(g, t, layers, kept, heads) for layers in blocks for heads in itertools.pairwise(edges)]
         return keys

@@ -30,22 +30,22 @@ class Intervals:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
 
-    def first_gap(self, length: int) -> tuple[int, int] | None:
-        """First range of [0, length) that is missing; None when there is none."""
-        if not self._starts:
-            return (0, length) if length else None
-        if self._starts[0] > 0:
-            return (0, self._starts[0])
-        if self._stops[0] >= length:
+    def first_gap(self, start: int, stop: int) -> tuple[int, int] | None:
+        """First range of [start, stop) that is missing; None when there is none."""
+        at = bisect.bisect_right(self._stops, start)
+        if at < len(self._starts) and self._starts[at] <= start:
+            start = self._stops[at]
+            at += 1
+        if start >= stop:
             return None
-        return (self._stops[0], self._starts[1] if len(self._starts) > 1 else length)
+        return start, min(stop, self._starts[at]) if at < len(self._starts) else stop
 
 
 class Coverage:
-    """Which (group, tensor, layer, token) of a `length`-token cache have been claimed by some block of all heads."""
+    """Which (group, tensor, layer, token) of what a `length`-token request leaves behind some block of all heads has claimed."""
 
     def __init__(self, spec: CacheSpec, length: int):
-        self._length = length
+        self._kept = [group.cache.kept(length) for group in spec.groups]
         # One set of tokens per (group, tensor, layer of the group).
         self._tokens = {
             (g, t, layer): Intervals()
@@ -55,7 +55,7 @@ class Coverage:
         }
 
     def claim(self, key: SegmentKey) -> None:
-        """Claims the key's layers and tokens; raises TransferError, and claims nothing, when any of them was claimed before."""
+        """Claims a checked key's layers and tokens; raises TransferError, and claims nothing, when any of them was claimed before."""
         rows = [self._tokens[key.group, key.tensor, layer] for layer in range(*key.layers)]
         for layer, tokens in enumerate(rows, key.layers[0]):
             if overlap := tokens.overlap(*key.tokens):
@@ -66,6 +66,6 @@ class Coverage:
     def gap(self) -> str | None:
         """Names the first range of tokens that nobody claimed; None when all are."""
         for (group, tensor, layer), tokens in self._tokens.items():
-            if missing := tokens.first_gap(self._length):
+            if missing := tokens.first_gap(*self._kept[group]):
                 return f"group {group}, tensor {tensor}, layer {layer}: tokens [{missing[0]}, {missing[1]})"
         return None

@@ -35,10 +35,11 @@ _REQUEST = struct.Struct("<4sHxx16sII")
 
 
 def check_spec(spec: CacheSpec) -> None:
-    """Raises InvalidInput for a cache that this protocol version cannot carry: it knows groups of kind "paged"."""
+    """Raises InvalidInput for a cache that this protocol version cannot carry: it knows any kind of group, and few dtypes."""
     for index, group in enumerate(spec.groups):
-        if group.cache.kind != "paged":
-            raise InvalidInput(f"spec.groups[{index}].kind", group.cache.kind, "'paged', the only kind that lanes carry yet")
+        for tensor in group.cache.tensors:
+            if tensor.dtype not in DTYPE_CODES:
+                raise InvalidInput(f"spec.groups[{index}].{tensor.name}.dtype", tensor.dtype, f"one of {sorted(DTYPE_CODES)}")
 
 
 @dataclasses.dataclass(frozen=True)

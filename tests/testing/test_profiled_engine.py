@@ -30,7 +30,9 @@ from prfaas_jax.transfer.puller import Puller
 SPEC = CacheSpec(
     (
         CacheGroup(LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "bfloat16"))), (0, 2, 3)),
-        CacheGroup(LayerCache("paged", (TensorSpec("latent", 1, 12, "float32"),)), (1,)),
+        CacheGroup(LayerCache("paged", (TensorSpec("latent", 1, 12, "float32", shared=True),)), (1,)),
+        CacheGroup(LayerCache("window", (TensorSpec("k", 2, 8, "bfloat16"), TensorSpec("v", 2, 4, "bfloat16")), 20), (4, 6)),
+        CacheGroup(LayerCache("state", (TensorSpec("recurrent", 4, 30, "float32"), TensorSpec("q_tail", 2, 9, "bfloat16"))), (5, 7, 8)),
     )
 )
 LAST = (PrefillDone, Failed, Finished)
@@ -56,21 +58,40 @@ def engine():
     engine.close()
 
 
-def test_events_cover_the_cache_exactly_and_in_order(engine):
+@pytest.mark.parametrize("length", [1, 15, 40, 67])
+def test_events_cover_the_cache_exactly_and_in_order(engine, length):
     events: queue.Queue = queue.Queue()
-    asked = job("a", 40)
+    asked = job("a", length)
     engine.submit(asked, events.put)
     seen = events_until_last(events)
     assert isinstance(seen[0], Admitted)
-    assert [e.tokens for e in seen if isinstance(e, PrefillProgress)] == [16, 32, 40]
+    chunks = [*range(16, length, 16), length]
+    assert [e.tokens for e in seen if isinstance(e, PrefillProgress)] == chunks
     segments = [e.segment for e in seen if isinstance(e, SegmentReady)]
-    assert sum(s.payload.nbytes for s in segments) == SPEC.bytes(40)
-    coverage = Coverage(SPEC, 40)
+    assert sum(s.payload.nbytes for s in segments) == SPEC.bytes(length)
+    coverage = Coverage(SPEC, length)
+    for segment in segments:
+        segment.key.check(SPEC, length)
     for key in {SegmentKey(s.key.group, s.key.tensor, s.key.layers, s.key.tokens, (0, 1)) for s in segments}:
         coverage.claim(key)
     assert coverage.gap() is None
     assert seen[-1].first == first_token(asked.prompt, 32_000)
-    assert engine.status().tokens_prefilled == 40
+    assert engine.status().tokens_prefilled == length
+
+
+def test_windows_leave_when_they_stay_and_states_with_the_last_chunk(engine):
+    """A segment is out before the progress that reports its tokens; 67 tokens are chunks of 16 and the window is the last 20."""
+    events: queue.Queue = queue.Queue()
+    engine.submit(job("a", 67), events.put)
+    tokens: dict[int, list] = {2: [], 3: []}
+    for event in events_until_last(events):
+        match event:
+            case SegmentReady(segment) if segment.key.group in tokens:
+                tokens[segment.key.group].append((computed, segment.key.tokens))
+            case PrefillProgress(done):
+                computed = done
+    assert set(tokens[2]) == {(32, (47, 48)), (48, (48, 64)), (64, (64, 67))}
+    assert set(tokens[3]) == {(64, (66, 67))}
 
 
 def test_bytes_do_not_depend_on_how_they_are_cut_and_differ_everywhere():

@@ -270,11 +270,20 @@ def test_bad_segments_are_refused_by_name():
         outbox.put(ticket, good)
 
 
-@pytest.mark.parametrize("kind", ["window", "state"])
-def test_kinds_that_lanes_cannot_carry_are_refused(kind):
-    spec = CacheSpec((CacheGroup(LayerCache(kind, (TensorSpec("k", 1, 1, "float32"),), 8), (0,)),))
-    with pytest.raises(InvalidInput, match=kind):
+def test_dtypes_that_lanes_cannot_carry_are_refused():
+    spec = CacheSpec((SPEC.groups[0], CacheGroup(LayerCache("state", (TensorSpec("recurrent", 1, 1, "float64"),)), (0,))))
+    with pytest.raises(InvalidInput, match=r"groups\[1\].*float64"):
         Outbox(spec, 1 << 20)
+
+
+@pytest.mark.parametrize(("group", "tokens"), [(2, (13, 20)), (2, (0, 6)), (3, (0, 1)), (3, (18, 20))])
+def test_what_does_not_stay_is_refused(group, tokens):
+    """Tokens before the window and states of another length belong to no cache of 20 tokens."""
+    outbox = Outbox(SPEC, 1 << 20)
+    ticket = outbox.open(20)
+    key = SegmentKey(group, 0, (0, 1), tokens, (0, 1))
+    with pytest.raises(InvalidInput, match=r"segment\.tokens"):
+        outbox.put(ticket, Segment(key, memoryview(bytes(key.nbytes(SPEC)))))
 
 
 @pytest.mark.parametrize(("field", "value"), [("capacity_bytes", 0), ("lease_s", 0.0), ("message_bytes", 3 << 20)])

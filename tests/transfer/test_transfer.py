@@ -8,10 +8,10 @@ import time
 import grpc
 import psutil
 import pytest
-from transfer_fixtures import SPEC, Cache, Sender, Sink, pull, wait_until, wide_spec
+from transfer_fixtures import SPEC, WINDOW, Cache, Sender, Sink, pull, wait_until, wide_spec
 
 from prfaas_jax.errors import InvalidInput, TransferError
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import STATE_SEGMENT_BYTES, SegmentKey, layer_blocks
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.transfer import wire
 from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
@@ -41,6 +41,36 @@ def test_layout_every_cut_arrives_byte_for_byte(sender, seed):
     assert counters == Counters(moved=SPEC.bytes(cache.length))
     sender.outbox.release(ticket.id, ticket.epoch)
     assert sender.outbox.bytes_held == 0
+
+
+def test_layout_three_windows_and_seven_tokens_ship_the_window_only(sender):
+    """Tokens that no later one may see are never put, never sent, never counted; the paged groups beside it travel whole."""
+    window = WINDOW.window
+    length = 3 * window + 7
+    cache, sink = Cache(SPEC, length), Sink(SPEC, length)
+    keys = cache.keys(5)
+    assert {t for key in keys if key.group == 2 for t in range(*key.tokens)} == set(range(length - window, length))
+    assert {key.tokens for key in keys if key.group == 3} == {(length - 1, length)}
+    ticket = sender.send(cache, keys)
+    counters = pull(ticket, SPEC, length, [sender.lane.address], sink).finish(SPEC.bytes(length))
+    sink.check(cache)
+    paged, latent, windows, states = (group.bytes(length) for group in SPEC.groups)
+    assert counters.moved == paged + latent + windows + states
+    assert windows == SPEC.groups[2].bytes(window) == 2 * window * (2 * 8 * 2 + 2 * 4 * 2)
+    assert states == SPEC.groups[3].bytes(1) == 3 * (4 * 30 * 4 + 2 * 9 * 2 * 2 + 4 * 6 * 2)
+
+
+@pytest.mark.parametrize("kind", ["window", "state"])
+def test_layout_a_cache_of_fixed_size_only(kind):
+    """Nothing leaves before the last chunks; a request shorter than the window keeps all that it has."""
+    spec = CacheSpec(tuple(group for group in SPEC.groups if group.cache.kind == kind))
+    with Sender(spec) as sender:
+        for length in (1, 3, 6, 7, 40):
+            cache, sink = Cache(spec, length), Sink(spec, length)
+            ticket = sender.send(cache, cache.keys(4, shards=2))
+            assert pull(ticket, spec, length, [sender.lane.address], sink).finish(spec.bytes(length)).moved == spec.bytes(length)
+            sink.check(cache)
+        assert spec.bytes(40) == spec.fixed_bytes
 
 
 def test_layout_more_shards_than_heads_and_a_lane_per_shard():
@@ -350,6 +380,29 @@ def test_block_above_the_whole_staging_is_refused(sender):
         pull(ticket, SPEC, 24, [sender.lane.address], Sink(SPEC, 24), max_staging_bytes=100).finish(SPEC.bytes(24))
 
 
+def test_states_larger_than_the_staging_arrive_in_layer_ranges():
+    """As a 1T model's: the whole group is far above what a receiver stages; whole it is refused, cut as engines cut it it passes."""
+    cache = LayerCache("state", (TensorSpec("recurrent", 8, 128 * 128, "float32"), TensorSpec("q_tail", 8, 384, "bfloat16")))
+    spec = CacheSpec((CacheGroup(cache, tuple(range(40))),))  # 512 KiB a layer: 20 MiB
+    sent = Cache(spec, 9)
+    cut = [
+        SegmentKey(0, tensor, layers, (8, 9), heads)
+        for tensor in (0, 1)
+        for layers in layer_blocks(spec.groups[0], tensor)
+        for heads in ((0, 4), (4, 8))
+    ]
+    assert max(key.nbytes(spec) for key in cut) * 2 <= STATE_SEGMENT_BYTES
+    assert {key.layers for key in cut if key.tensor} == {(0, 40)}
+    with Sender(spec) as sender:
+        ticket, sink = sender.send(sent, cut), Sink(spec, 9)
+        puller = pull(ticket, spec, 9, [sender.lane.address], sink, max_staging_bytes=10 << 20)
+        assert puller.finish(spec.bytes(9)).moved == spec.bytes(9)
+        sink.check(sent)
+        whole = sender.send(sent, [SegmentKey(0, 0, (0, 40), (8, 9), (0, 8))])
+        with pytest.raises(TransferError, match="staging"):
+            pull(whole, spec, 9, [sender.lane.address], Sink(spec, 9), max_staging_bytes=10 << 20).finish(spec.bytes(9))
+
+
 def test_backpressure_stalled_reader_does_not_keep_its_thread():
     spec, length = wide_spec(), 1024
     cache = Cache(spec, length)
@@ -405,9 +458,9 @@ def test_bad_settings_of_a_puller_are_named():
         defaults = {"spec": SPEC, "length": 1, "ticket_id": b"t" * 16, "epoch": 1, "lanes": ["127.0.0.1:1"], "on_block": lambda *_: None}
         return Puller(**defaults | kwargs)
 
-    window = CacheSpec((CacheGroup(LayerCache("window", (TensorSpec("k", 1, 1, "float32"),), 8), (0,)),))
+    integers = CacheSpec((CacheGroup(LayerCache("window", (TensorSpec("k", 1, 1, "int8"),), 8), (0,)),))
     for field, kwargs in {
-        "kind": {"spec": window},
+        "dtype": {"spec": integers},
         "length": {"length": -1},
         "lanes": {"lanes": []},
         "ticket": {"ticket_id": b"short"},

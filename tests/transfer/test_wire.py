@@ -10,7 +10,13 @@ from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.transfer import wire
 
-SPEC = CacheSpec((CacheGroup(LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "float32"))), (0, 1, 2)),))
+SPEC = CacheSpec(
+    (
+        CacheGroup(LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "float32"))), (0, 1, 2)),
+        CacheGroup(LayerCache("window", (TensorSpec("k", 4, 8, "float32"),), 4), (3, 4)),
+        CacheGroup(LayerCache("state", (TensorSpec("recurrent", 4, 8, "float32"),)), (5, 6)),
+    )
+)
 LENGTH = 10
 
 u32 = st.integers(0, 2**32 - 1)
@@ -93,7 +99,12 @@ def test_unknown_codec_is_refused(codec):
         {"segment_bytes": 1},
         {"dtype": "bfloat16"},
         {"offset": 2**63},
-        {"key": SegmentKey(1, 0, (0, 3), (0, 10), (0, 4))},
+        {"key": SegmentKey(3, 0, (0, 3), (0, 10), (0, 4))},
+        {"key": SegmentKey(1, 0, (0, 2), (5, 10), (0, 4))},
+        {"key": SegmentKey(1, 0, (0, 2), (0, 4), (0, 4))},
+        {"key": SegmentKey(2, 0, (0, 2), (8, 10), (0, 4))},
+        {"key": SegmentKey(2, 0, (0, 2), (0, 1), (0, 4))},
+        {"key": SegmentKey(2, 0, (0, 3), (9, 10), (0, 4))},
         {"key": SegmentKey(0, 2, (0, 3), (0, 10), (0, 4))},
         {"key": SegmentKey(0, 1, (0, 4), (0, 10), (0, 4))},
         {"key": SegmentKey(0, 1, (0, 3), (0, 11), (0, 4))},
@@ -112,8 +123,17 @@ def test_lying_header_is_refused_before_allocation(changes):
     assert peak < 100_000
 
 
-def test_honest_header_passes():
-    header = good_header()
+@pytest.mark.parametrize(
+    "key",
+    [
+        SegmentKey(0, 1, (0, 3), (2, 10), (1, 3)),
+        SegmentKey(1, 0, (0, 2), (6, 10), (0, 4)),
+        SegmentKey(1, 0, (1, 2), (7, 9), (0, 4)),
+        SegmentKey(2, 0, (1, 2), (9, 10), (2, 4)),
+    ],
+)
+def test_honest_header_passes(key):
+    header = good_header(key=key, segment_bytes=key.nbytes(SPEC))
     header.check(SPEC, LENGTH, header.segment_bytes)
     with pytest.raises(TransferError, match="ends at byte"):
         header.check(SPEC, LENGTH, header.segment_bytes + 1)

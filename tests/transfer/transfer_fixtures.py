@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.transfer.assembly import VIEW_DTYPES
 from prfaas_jax.transfer.lane import LaneServer
@@ -16,8 +16,19 @@ from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.puller import Puller
 
 GQA = LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "bfloat16")))
-MLA = LayerCache("paged", (TensorSpec("latent", 1, 12, "float32"),))
-SPEC = CacheSpec((CacheGroup(GQA, (0, 2, 3)), CacheGroup(MLA, (1,))))
+MLA = LayerCache("paged", (TensorSpec("latent", 1, 12, "float32", shared=True),))
+WINDOW = LayerCache("window", (TensorSpec("k", 2, 8, "bfloat16"), TensorSpec("v", 2, 4, "bfloat16")), 6)
+# As a gated delta layer: float32 state, tails of its convolutions in the model's dtype, fewer heads for q and k than for v.
+DELTA = LayerCache(
+    "state",
+    (
+        TensorSpec("recurrent", 4, 30, "float32"),
+        TensorSpec("q_tail", 2, 9, "bfloat16"),
+        TensorSpec("k_tail", 2, 9, "bfloat16"),
+        TensorSpec("v_tail", 4, 6, "bfloat16"),
+    ),
+)
+SPEC = CacheSpec((CacheGroup(GQA, (0, 2, 3)), CacheGroup(MLA, (1,)), CacheGroup(WINDOW, (4, 6)), CacheGroup(DELTA, (5, 7, 8))))
 
 
 def wide_spec(layers: int = 4) -> CacheSpec:
@@ -27,33 +38,41 @@ def wide_spec(layers: int = 4) -> CacheSpec:
 
 
 class Cache:
-    """Random bytes of a whole request, `[layers, tokens, heads, width]` per (group, tensor)."""
+    """Random bytes of what a request leaves behind, `[layers, kept tokens, heads, width]` per (group, tensor)."""
 
     def __init__(self, spec: CacheSpec, length: int, seed: int = 0):
         self.spec, self.length = spec, length
         rng = np.random.default_rng(seed)
-        self.tensors = {
-            (g, t): rng.integers(0, 256, (len(group.layers), length, tensor.heads, tensor.token_bytes // tensor.heads), np.uint8).view(
-                VIEW_DTYPES[tensor.dtype]
-            )
-            for g, group in enumerate(spec.groups)
-            for t, tensor in enumerate(group.cache.tensors)
-        }
+        self.tensors = {}
+        for g, group in enumerate(spec.groups):
+            start, stop = group.cache.kept(length)
+            for t, tensor in enumerate(group.cache.tensors):
+                shape = len(group.layers), stop - start, tensor.heads, tensor.token_bytes // tensor.heads
+                self.tensors[g, t] = rng.integers(0, 256, shape, np.uint8).view(VIEW_DTYPES[tensor.dtype])
+
+    def place(self, key: SegmentKey) -> tuple[slice, slice, slice]:
+        """Where a key's elements lie in its tensor."""
+        first = self.spec.groups[key.group].cache.kept(self.length)[0]
+        start, stop = key.tokens
+        assert start >= first
+        return slice(*key.layers), slice(start - first, stop - first), slice(*key.heads)
 
     def segment(self, key: SegmentKey) -> Segment:
-        piece = self.tensors[key.group, key.tensor][tuple(slice(*r) for r in (key.layers, key.tokens, key.heads))]
+        piece = self.tensors[key.group, key.tensor][self.place(key)]
         return Segment(key, memoryview(np.ascontiguousarray(piece)))
 
     def keys(self, chunk: int, layer_step: int = 10**6, shards: int = 1) -> list[SegmentKey]:
-        """Chunk by chunk, every tensor in layer steps and head slices."""
+        """Chunk by chunk, what stays of every tensor, in layer steps and head slices."""
         keys = []
         for start in range(0, self.length, chunk):
             for (g, t), array in self.tensors.items():
+                tokens = kept_part(self.spec.groups[g].cache, (start, start + chunk), self.length)
+                if tokens is None:
+                    continue
                 layers, _, heads, _ = array.shape
                 slices = min(shards, heads)
                 for layer in range(0, layers, layer_step):
                     for s in range(slices):
-                        tokens = (start, min(self.length, start + chunk))
                         head_range = (s * heads // slices, (s + 1) * heads // slices)
                         keys.append(SegmentKey(g, t, (layer, min(layers, layer + layer_step)), tokens, head_range))
         return keys
@@ -63,7 +82,9 @@ class Cache:
         keys = []
         for (g, t), array in self.tensors.items():
             layers, tokens, heads, _ = array.shape
-            for token_range in _cuts(rng, tokens):
+            first = self.spec.groups[g].cache.kept(self.length)[0]
+            for start, stop in _cuts(rng, tokens):
+                token_range = first + start, first + stop
                 for layer_range in _cuts(rng, layers):
                     keys += [SegmentKey(g, t, layer_range, token_range, head_range) for head_range in _cuts(rng, heads)]
         return keys
@@ -86,7 +107,7 @@ class Sink:
 
     def __call__(self, key, block, done):
         at = key.group, key.tensor
-        place = tuple(slice(*r) for r in (key.layers, key.tokens, key.heads))
+        place = self.cache.place(key)
         with self.lock:
             assert block.dtype == self.cache.tensors[at].dtype
             self.cache.tensors[at][place] = block
