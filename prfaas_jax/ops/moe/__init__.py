@@ -1,0 +1,86 @@
+"""Mixture of experts: the router, and the experts' feed-forward networks by named implementations.
+
+    dense    every local expert on every token: the reference; pays for E / k times the products that are needed
+    ragged   tokens sorted by expert, XLA's grouped product
+    grouped  tokens sorted by expert and cut into blocks of one expert, one block after another
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.ops.moe import dense, grouped, ragged
+from prfaas_jax.ops.moe.feed_forward import Activation
+from prfaas_jax.ops.moe.router import SCORINGS, route
+
+__all__ = ["IMPLEMENTATIONS", "SCORINGS", "default_implementation", "experts_mlp", "route"]
+
+_FORMS = {"dense": dense.experts_mlp, "ragged": ragged.experts_mlp, "grouped": grouped.experts_mlp}
+IMPLEMENTATIONS = tuple(_FORMS)
+
+
+def default_implementation(platform: str) -> tuple[str, str]:
+    """(implementation, reason) for a jax platform, when nothing is trained."""
+    if platform == "tpu":
+        return "ragged", "XLA has a grouped product for tpu"
+    return "grouped", f"XLA's grouped product on {platform} is every expert on every assignment"
+
+
+def experts_mlp(
+    x: Float[Array, "T D"],
+    weights: Float32[Array, "T k"],
+    experts: Int32[Array, "T k"],
+    gate: Float[Array, "E_local F D"],
+    up: Float[Array, "E_local F D"],
+    down: Float[Array, "E_local D F"],
+    first_expert: Int[Array, ""] | int,
+    *,
+    activation: Activation = jax.nn.silu,
+    implementation: str | None = None,
+) -> Float[Array, "T D"]:
+    """Sum over the LOCAL experts of weight * down(activation(gate x) * up x).
+
+    Shard-local: the results of all shards of the experts, and of their width F, add up to the whole. Products add up in float32.
+    Padding tokens cost time but change no other token. A token's result does not depend, bit for bit, on what its companions
+    are and where they go ("dense" on every platform, "grouped" on the CPU; "ragged" within rounding).
+
+    Args:
+        x: tokens.
+        weights: of each token's experts, from `route`.
+        experts: index of each token's experts among all E, distinct per token.
+        gate: of the E_local experts from `first_expert` on.
+        up: like `gate`.
+        down: like `gate`.
+        first_expert: index of the first local expert; may be traced.
+        activation: of the gate.
+        implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for. To train,
+            name "dense" or "ragged": the gradient of "grouped" adds up the weights of all experts once per block.
+
+    Raises:
+        InvalidInput: unknown implementation, or shapes that do not belong together.
+    """
+    tokens, width = x.shape
+    local, intermediate, _ = gate.shape
+    for field, array, shape in (
+        ("experts.shape", experts, (tokens, weights.shape[-1])),
+        ("weights.shape", weights, experts.shape),
+        ("gate.shape", gate, (local, intermediate, width)),
+        ("up.shape", up, gate.shape),
+        ("down.shape", down, (local, width, intermediate)),
+    ):
+        if array.shape != shape:
+            raise InvalidInput(field, array.shape, f"{shape}")
+    if implementation is not None and implementation not in _FORMS:
+        raise InvalidInput("implementation", implementation, f"one of {IMPLEMENTATIONS}")
+
+    def run(name: str) -> Callable[..., Float32[Array, "T D"]]:
+        return functools.partial(_FORMS[name], activation=activation)
+
+    args = x, weights, experts - first_expert, gate, up, down
+    if implementation is not None:
+        return run(implementation)(*args).astype(x.dtype)
+    names = {platform: default_implementation(platform)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}
+    return jax.lax.platform_dependent(*args, **{platform: run(name) for platform, name in names.items()}).astype(x.dtype)

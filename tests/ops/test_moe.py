@@ -1,0 +1,364 @@
+"""Router and experts against Hugging Face's, a numpy router, and each other."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.ops.moe import IMPLEMENTATIONS, default_implementation, experts_mlp, route
+from prfaas_jax.ops.moe.grouped import block_size
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "ops_moe"
+RULES = json.loads((GOLDENS / "rules.json").read_text())
+PLAIN = {"num_groups": 1, "top_groups": 1, "renormalize": False, "scale": 1.0}
+
+mlp = jax.jit(experts_mlp, static_argnames=("activation", "implementation"))
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def by_expert(weights: jax.Array, experts: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(experts, axis=-1)
+    return np.take_along_axis(np.asarray(weights), order, -1), np.take_along_axis(np.asarray(experts), order, -1)
+
+
+# --- router ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_routes_as_hugging_face_does(name):
+    golden = load(name)
+    got, experts = route(golden["logits"], golden.get("bias"), **RULES[name])
+    assert got.dtype == jnp.float32 and experts.dtype == jnp.int32
+    got, experts = by_expert(got, experts)
+    np.testing.assert_array_equal(experts, golden["experts"])
+    np.testing.assert_allclose(got, golden["weights"], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "deepseek_v3"])
+@pytest.mark.parametrize("change", ["no bias", "no groups"])
+def test_the_goldens_tell_these_rules_from_simpler_ones(name, change):
+    golden, rules = load(name), RULES[name]
+    bias = None if change == "no bias" else golden["bias"]
+    if change == "no groups":
+        rules = rules | {"num_groups": 1, "top_groups": 1}
+    _, experts = by_expert(*route(golden["logits"], bias, **rules))
+    assert (experts != golden["experts"]).any()
+
+
+def numpy_route(logits, bias, *, top_k, scoring, num_groups, top_groups, renormalize, scale):
+    """One token at a time, in float64."""
+    weights, experts = [], []
+    for row in logits.astype(np.float64):
+        scores = 1 / (1 + np.exp(-row)) if scoring == "sigmoid" else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        choice = scores if bias is None else scores + bias
+        groups = np.split(np.arange(len(row)), num_groups)
+        groups.sort(key=lambda group: -np.sort(choice[group])[-2:].sum())
+        allowed = np.sort(np.concatenate(groups[:top_groups]))
+        chosen = sorted(allowed, key=lambda e: -choice[e])[:top_k]
+        weight = scores[chosen]
+        weights.append(scale * (weight / weight.sum() if renormalize else weight))
+        experts.append(chosen)
+    return np.array(weights), np.array(experts)
+
+
+@st.composite
+def routings(draw):
+    num_groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    top_groups = draw(st.integers(1, num_groups))
+    rules = {
+        "top_k": draw(st.integers(1, size * top_groups)),
+        "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "num_groups": num_groups,
+        "top_groups": top_groups,
+        "renormalize": draw(st.booleans()),
+        "scale": draw(st.sampled_from([1.0, 2.5])),
+    }
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    bias = rng.normal(size=num_groups * size).astype(np.float32) if draw(st.booleans()) else None
+    return rules, 2 * rng.normal(size=(5, num_groups * size)).astype(np.float32), bias
+
+
+@given(routings())
+def test_routes_as_the_rules_say(case):
+    rules, logits, bias = case
+    weights, experts = route(logits, bias, **rules)
+    expected_weights, expected_experts = numpy_route(logits, bias, **rules)
+    np.testing.assert_array_equal(experts, expected_experts)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_among_equal_scores_the_lowest_index_wins(scoring):
+    logits = jnp.array([[0, 1, 0, 1, 1, 0, 0, 1]], jnp.float32)
+    _, experts = route(logits, None, top_k=6, scoring=scoring, **PLAIN)
+    assert experts.tolist() == [[1, 3, 4, 7, 0, 2]]
+    _, experts = route(jnp.zeros((1, 8)), None, top_k=3, scoring=scoring, **PLAIN | {"num_groups": 4, "top_groups": 2})
+    assert experts.tolist() == [[0, 1, 2]]
+
+
+def test_a_negative_bias_does_not_let_another_group_in():
+    """Masked with zero instead of -inf, experts of closed groups would beat the open group's own."""
+    bias = jnp.full(6, -3.0).at[:2].set(-2.0)
+    _, experts = route(jnp.zeros((1, 6)), bias, top_k=2, scoring="sigmoid", **PLAIN | {"num_groups": 3, "top_groups": 1})
+    assert experts.tolist() == [[0, 1]]
+
+
+def test_scores_that_underflow_do_not_become_nan():
+    weights, _ = route(jnp.full((1, 4), -200.0), None, top_k=2, scoring="sigmoid", **PLAIN | {"renormalize": True})
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
+def test_leading_axes_are_any():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 12)).astype(np.float32)
+    rules = {"top_k": 3, "scoring": "sigmoid", "num_groups": 3, "top_groups": 2, "renormalize": True, "scale": 2.0}
+    for got, flat in zip(route(logits, None, **rules), route(logits.reshape(6, 12), None, **rules), strict=True):
+        np.testing.assert_array_equal(got.reshape(6, 3), flat)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("scoring", {"scoring": "tanh"}),
+        ("num_groups", {"num_groups": 5}),
+        ("num_groups", {"num_groups": 0}),
+        ("top_groups", {"top_groups": 3}),
+        ("top_k", {"top_k": 5}),
+        ("top_k", {"top_k": 0}),
+    ],
+)
+def test_impossible_routing_is_refused(field, change):
+    rules = {"top_k": 2, "scoring": "softmax", **PLAIN, "num_groups": 2}
+    with pytest.raises(InvalidInput, match=field):
+        route(jnp.zeros((1, 8)), None, **rules | change)
+
+
+def test_rounded_logits_are_refused():
+    with pytest.raises(InvalidInput, match=r"logits.dtype"):
+        route(jnp.zeros((1, 8), jnp.bfloat16), None, top_k=2, scoring="softmax", **PLAIN)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------------
+
+
+def case_of(tokens: int, experts: int, top_k: int, width: int, intermediate: int, *, skew: float = 0.0, seed: int = 0):
+    """(x, weights, experts, gate, up, down); `skew` pulls tokens to the last experts."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(tokens, experts)) + skew * np.arange(experts)
+    chosen = np.argsort(-logits, axis=-1)[:, :top_k].astype(np.int32)
+    weights = rng.uniform(0.1, 1.0, (tokens, top_k)).astype(np.float32)
+    x = rng.normal(size=(tokens, width)).astype(np.float32)
+    shapes = (experts, intermediate, width), (experts, intermediate, width), (experts, width, intermediate)
+    return x, weights, chosen, *((rng.normal(size=s) / s[-1] ** 0.5).astype(np.float32) for s in shapes)
+
+
+def whole(x, weights, experts, gate, up, down):
+    """Every expert on every token at once; weights of the others are zero. In float64 when given numpy arrays."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    if xp is np:
+        x, gate, up, down = (a.astype(np.float64) for a in (x, gate, up, down))
+    mask = (weights[..., None] * (experts[..., None] == np.arange(gate.shape[0]))).sum(axis=1)
+    g = xp.einsum("td,efd->tef", x, gate)
+    hidden = g / (1 + xp.exp(-g)) * xp.einsum("td,efd->tef", x, up)
+    return xp.einsum("tef,edf,te->td", hidden, down, mask)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", RULES)
+def test_experts_are_hugging_faces(name, implementation):
+    golden = load(name)
+    inputs = (golden[key] for key in ("x", "weights", "experts", "gate", "up", "down"))
+    np.testing.assert_allclose(mlp(*inputs, 0, implementation=implementation), golden["output"], atol=2e-6)
+
+
+SHAPES = [
+    (1, 1, 1, 8, 4, 0.0),
+    (1, 16, 4, 16, 8, 0.0),
+    (8, 4, 4, 16, 8, 0.0),
+    (37, 8, 2, 16, 24, 0.0),
+    (150, 5, 1, 16, 8, 9.0),
+    (400, 6, 2, 8, 8, 1.0),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "width", "intermediate", "skew"), SHAPES)
+def test_every_implementation_is_the_weighted_sum(tokens, experts, top_k, width, intermediate, skew, implementation):
+    case = case_of(tokens, experts, top_k, width, intermediate, skew=skew)
+    np.testing.assert_allclose(mlp(*case, 0, implementation=implementation), whole(*case), atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shards_of_the_experts_and_of_their_width_add_up(implementation):
+    x, weights, experts, gate, up, down = case_of(30, 8, 3, 16, 12, skew=0.5)
+    total = np.zeros(x.shape)
+    for first, count in ((0, 2), (2, 4), (6, 2)):
+        e = slice(first, first + count)
+        for f in (slice(0, 4), slice(4, 12)):
+            part = mlp(x, weights, experts, gate[e, f], up[e, f], down[e, :, f], jnp.int32(first), implementation=implementation)
+            total += np.asarray(part, np.float64)
+    np.testing.assert_allclose(total, whole(x, weights, experts, gate, up, down), atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_shards_of_a_mesh_add_up(implementation):
+    case = case_of(20, 8, 2, 16, 12)
+    mesh = jax.make_mesh((2, 2), ("expert", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    wide, narrow = P("expert", "model"), P("expert", None, "model")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(), wide, wide, narrow), out_specs=P(), check_vma=False)
+    def sharded(x, weights, experts, gate, up, down):
+        first = jax.lax.axis_index("expert") * gate.shape[0]
+        return jax.lax.psum(experts_mlp(x, weights, experts, gate, up, down, first, implementation=implementation), ("expert", "model"))
+
+    np.testing.assert_allclose(jax.jit(sharded)(*case), whole(*case), atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("first", [4, 96])
+def test_a_shard_that_nobody_asked_for_adds_nothing(first, implementation):
+    x, weights, experts, *projections = case_of(12, 4, 2, 16, 8)
+    out = mlp(x, weights, experts + 50, *(np.full_like(p, np.inf) for p in projections), first, implementation=implementation)
+    np.testing.assert_array_equal(out, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "grouped"])
+def test_an_expert_that_overflows_spoils_only_its_own_tokens(implementation):
+    x, weights, experts, gate, up, down = case_of(24, 6, 2, 16, 8)
+    before = np.asarray(mlp(x, weights, experts, gate, up, down, 0, implementation=implementation))
+    down[5] = np.inf
+    spoiled = mlp(x, weights, experts, gate, up, down, 0, implementation=implementation)
+    free = (experts != 5).all(axis=1)
+    assert 0 < free.sum() < 24
+    np.testing.assert_array_equal(spoiled[free], before[free])
+    assert not np.isfinite(spoiled[~free]).all(axis=1).any()
+
+
+COMPANY = [(8, 16, 4, 64, 32), (64, 8, 2, 64, 48), (256, 8, 2, 64, 32), (200, 64, 4, 128, 96)]
+
+
+@pytest.mark.parametrize(("implementation", "atol"), [(None, 0.0), ("dense", 0.0), ("grouped", 0.0), ("ragged", 1e-6)])
+@pytest.mark.parametrize("shape", COMPANY)
+def test_a_token_does_not_depend_on_its_companions(shape, implementation, atol):
+    """Companions go to other experts, which moves the token to other rows of other blocks."""
+    x, weights, experts, *projections = case_of(*shape)
+    alone = mlp(x, weights, experts, *projections, 0, implementation=implementation)
+    mine = np.arange(shape[0]) % 3 == 1
+    for seed, skew in ((1, 0.0), (2, 0.3), (3, -5.0)):
+        others = case_of(*shape, skew=skew, seed=seed)[:3]
+        mixed = (np.where(mine[:, None], own, other) for own, other in zip((x, weights, experts), others, strict=True))
+        got = mlp(*mixed, *projections, 0, implementation=implementation)
+        np.testing.assert_allclose(got[mine], alone[mine], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "grouped"])
+def test_padding_changes_no_token(implementation):
+    x, weights, experts, *projections = case_of(40, 8, 2, 32, 16)
+    before = np.asarray(mlp(x, weights, experts, *projections, 0, implementation=implementation))
+    x[30:], experts[30:] = np.nan, experts[0]
+    np.testing.assert_array_equal(mlp(x, weights, experts, *projections, 0, implementation=implementation)[:30], before[:30])
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_gradients_flow_to_tokens_weights_and_experts(implementation):
+    x, weights, experts, *projections = map(jnp.asarray, case_of(19, 6, 2, 8, 12, skew=0.5))
+
+    def loss(form, x, weights, *projections):
+        return jnp.sin(form(x, weights, experts, *projections)).sum()
+
+    form = functools.partial(experts_mlp, first_expert=0, implementation=implementation)
+    gradients = functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4))
+    got = jax.jit(gradients(functools.partial(loss, form)))(x, weights, *projections)
+    expected = jax.jit(gradients(functools.partial(loss, whole)))(x, weights, *projections)
+    for a, b in zip(got, expected, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_gradients_flow_through_the_router_but_not_into_the_bias():
+    rules = {"top_k": 2, "scoring": "sigmoid", "num_groups": 2, "top_groups": 1, "renormalize": True, "scale": 2.0}
+    logits, bias = jnp.array([[0.1, -0.4, 0.7, 1.2]]), jnp.array([0.0, 0.1, 0.0, -0.2])
+
+    def loss(logits, bias):
+        return (route(logits, bias, **rules)[0] @ jnp.array([1.0, 3.0])).sum()
+
+    check_grads(functools.partial(loss, bias=bias), (logits,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    of_logits, of_bias = jax.grad(loss, argnums=(0, 1))(logits, bias)
+    assert np.flatnonzero(of_logits).tolist() == [2, 3] and not of_bias.any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_products_add_up_in_float32(implementation):
+    """In bfloat16, 1024 ones add up to 256."""
+    bf16 = np.dtype(ml_dtypes.bfloat16)
+    x = np.ones((6, 1024), bf16)
+    gate, up, down = (np.ones(shape, bf16) for shape in ((2, 512, 1024), (2, 512, 1024), (2, 1024, 512)))
+    weights, experts = np.full((6, 2), 2.0**-20, np.float32), np.tile(np.int32([0, 1]), (6, 1))
+    out = mlp(x, weights, experts, gate, up, down, 0, activation=jnp.asarray, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(np.float32), 2 * 512.0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_weights(implementation):
+    case = case_of(40, 8, 2, 32, 16)
+    x, weights, experts, *projections = (a.astype(ml_dtypes.bfloat16) if a.ndim == 3 or a is case[0] else a for a in case)
+    rounded = (a.astype(np.float32) for a in (x, weights, experts, *projections))
+    out = mlp(x, weights, experts, *projections, 0, implementation=implementation).astype(np.float32)
+    np.testing.assert_allclose(out, whole(*rounded), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_only_blocks_with_tokens_are_computed(shards):
+    """One shard of many has few of the assignments, yet must have room for all of them."""
+    x, weights, experts, gate, up, down = case_of(64, 16, 4, 8, 8)
+    local = 16 // shards
+    size = block_size(experts.size, local)
+    visits = []
+
+    def counted(gate):
+        jax.debug.callback(lambda: visits.append(1))
+        return jax.nn.silu(gate)
+
+    mlp(x, weights, experts, gate[:local], up[:local], down[:local], 0, activation=counted, implementation="grouped").block_until_ready()
+    jax.effects_barrier()
+    assert len(visits) == sum(-(-(experts == e).sum() // size) for e in range(local))
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("cuda", False), ("tpu", True)])
+def test_the_default_is_that_of_the_platform_compiled_for(platform, ragged):
+    lowered = mlp.trace(*case_of(16, 8, 2, 16, 8), 0).lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in lowered) == ragged
+    name, reason = default_implementation(platform)
+    assert (name == "ragged") == ragged and platform in reason
+
+
+@pytest.mark.parametrize(
+    ("field", "index", "shape"),
+    [
+        ("weights", 1, (4, 3)), ("experts", 2, (3, 2)), ("gate", 3, (4, 6, 7)), ("up", 4, (4, 5, 8)), ("down", 5, (4, 6, 8)),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_belong_together_are_refused(field, index, shape):
+    case = list(case_of(4, 4, 2, 8, 6))
+    case[index] = np.zeros(shape, case[index].dtype)
+    with pytest.raises(InvalidInput, match=f"{field}|experts"):
+        experts_mlp(*case, 0)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(InvalidInput, match="one of"):
+        experts_mlp(*case_of(4, 4, 2, 8, 6), 0, implementation="magic")
