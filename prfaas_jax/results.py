@@ -90,10 +90,14 @@ class Workdir:
         return self.write_json("summary.json", summary)
 
     def write_requests(self, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Writes `requests.csv`, one row per request; columns in order of first appearance, missing values empty."""
+        """Writes `requests.csv`, one row per request (`write_rows`)."""
+        return self.write_rows("requests.csv", rows)
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Writes the csv file `name` in this folder; columns in order of first appearance, missing values empty."""
         rows = list(rows)
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        path = self.path / "requests.csv"
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        path = self.path / name
         with _atomic(path) as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()

@@ -2,9 +2,10 @@
 
     python -m experiments.kv_table --models=paper_1t
 
-gives 190.8 / 308.9 / 701.3 / 2316.3 MiB at 1,024 / 8,192 / 32,000 / 130,000 tokens: the sizes of the paper's Table 5.
+gives 190.78 / 308.91 / 701.25 / 2316.24 MiB at 1,024 / 8,192 / 32,000 / 130,000 tokens; the paper's Table 5 has 190.8 / 308.9 /
+701.3 / 2316.3 MiB at 1K / 8K / 32K / 128K.
 
-The paper (arXiv 2604.15039) says 1 T and KDA:MLA 3:1, no more. Inferred from its four sizes, all of which it gives to 0.1 MiB:
+The paper (arXiv 2604.15039) says 1 T and KDA:MLA 3:1, no more. Inferred from its four sizes, which it gives to within 0.1 MiB:
 42 KDA layers of 64 heads of 128 x 128 and 15 MLA layers of 512 + 64 elements. That is every fourth layer of 57, and a last one more,
 as in Kimi-Linear-48B. Chosen, so that the total is 1 T: a width of 7168 and MLA heads as in Kimi K2; 448 experts of width 1792 in every
 layer, of which a token sees 8, and a shared one. Heads and experts divide over 64 chips.

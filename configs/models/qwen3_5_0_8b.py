@@ -1,11 +1,10 @@
-"""Qwen3.5-0.8B, its text part: 752 M parameters (tied embeddings counted once), 12,288 KV bytes per token and 19,537,920 fixed bytes in
-bfloat16.
+"""Qwen3.5-0.8B, its text part: 752 M parameters, 12,288 KV bytes per token and 19,537,920 fixed bytes in bfloat16.
 
 18 Gated DeltaNet and 6 output-gated attention layers, 3:1, all with a dense feed-forward. 2 kv heads: a model axis wider than 2
 replicates them. For text its rotary embedding in three sections is the plain one.
 
-Source: the published config.json of Qwen/Qwen3.5-0.8B; its name counts the vision tower too, which is not here. Recalled: the context
-of 262,144 tokens.
+Source: the published config.json of Qwen/Qwen3.5-0.8B. The parameters are those of this config, tied embeddings counted once; the
+name counts the vision tower too, which is not here. Recalled: the context of 262,144 tokens.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,10 @@
 70 Lightning and 10 MLA layers, 7:1. Lightning has no convolutions, so a state is all that its layers keep. The first four layers are
 dense, the others have 256 experts of which a token sees 8, and a shared one.
 
-Source: the published config.json for layers, heads, head sizes, experts and vocabulary. Recalled, with siblings of the family as guide:
-the rank of MLA's queries, the widths of the feed-forward parts, the four dense layers, the router's groups and factor, the lack of an
-activation in Lightning, its scale, rms_norm_eps and the context. They give the published 1 T total and 63 B active parameters.
+Source: the published config.json for layers, heads, head sizes, experts, vocabulary and norms, and the defaults of its published class
+(inclusionAI/Ring-V2.5) for the router's groups and Lightning without activation. Recalled, with siblings of the family as guide: the
+rank of MLA's queries, the widths of the feed-forward parts, the four dense layers, the router's factor and Lightning's scale. They give
+the published 1 T total and 63 B active parameters.
 """
 
 from ml_collections import ConfigDict

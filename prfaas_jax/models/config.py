@@ -8,17 +8,8 @@ from typing import Any
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, LayerCache
-from prfaas_jax.models.layer_config import (
-    MIXERS,
-    MLPS,
-    AttentionConfig,
-    DenseConfig,
-    Layer,
-    Rope,
-    RopeScaling,
-    part_from_dict,
-    part_to_dict,
-)
+from prfaas_jax.models.layer_config import AttentionConfig, DenseConfig, Layer, Rope, RopeScaling
+from prfaas_jax.models.layer_dict import layer_from_dict, layer_to_dict, rope_scaling_from_dict
 from prfaas_jax.models.pattern import Pattern, fold
 
 # Fields of the short form of a config: every layer alike, grouped-query attention and a dense feed-forward (`ModelConfig.dense`).
@@ -136,15 +127,7 @@ class ModelConfig:
             base = f"{layer.mixer.kind}_{layer.mlp.kind}"
             taken = sum(name.startswith(base) for name in names.values())
             names[layer] = f"{base}_{taken + 1}" if taken else base
-        blocks = {
-            name: {
-                "mixer": part_to_dict(layer.mixer),
-                "mlp": part_to_dict(layer.mlp),
-                "mixer_scales": list(layer.mixer_scales),
-                "mlp_scales": list(layer.mlp_scales),
-            }
-            for layer, name in names.items()
-        }
+        blocks = {name: layer_to_dict(layer) for layer, name in names.items()}
         return {**fields, "blocks": blocks, "layers": [names[layer] for layer in self.layers]}
 
     @classmethod
@@ -164,10 +147,12 @@ class ModelConfig:
             raise InvalidInput("model", dict(fields), f"also the fields {missing}")
         values = dict(fields)
         if short:
-            if isinstance(values.get("rope_scaling"), Mapping):
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            if values.get("rope_scaling") is not None:
+                values["rope_scaling"] = rope_scaling_from_dict("model.rope_scaling", values["rope_scaling"])
             return cls.dense(**values)
-        blocks = {name: _block(name, block) for name, block in values.pop("blocks").items()}
+        if not isinstance(values["blocks"], Mapping):
+            raise InvalidInput("model.blocks", values["blocks"], "a mapping of names to layers")
+        blocks = {name: layer_from_dict(f"model.blocks.{name}", block) for name, block in values.pop("blocks").items()}
         if unknown := sorted(set(values["layers"]) - set(blocks)):
             raise InvalidInput("model.layers", unknown, f"only the blocks {sorted(blocks)}")
         values["layers"] = tuple(blocks[name] for name in values["layers"])
@@ -178,18 +163,3 @@ class ModelConfig:
         fields = self.to_dict()
         del fields["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _block(name: str, fields: Mapping[str, Any]) -> Layer:
-    """One entry of "blocks"."""
-    if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(Layer)}):
-        raise InvalidInput(f"model.blocks.{name}", unknown, "only mixer, mlp, mixer_scales and mlp_scales")
-    if missing := sorted({"mixer", "mlp"} - set(fields)):
-        raise InvalidInput(f"model.blocks.{name}", dict(fields), f"also {missing}")
-    mixer = part_from_dict(f"model.blocks.{name}.mixer", MIXERS, fields["mixer"])
-    mlp = part_from_dict(f"model.blocks.{name}.mlp", MLPS, fields["mlp"])
-    scales = {key: tuple(fields[key]) for key in ("mixer_scales", "mlp_scales") if key in fields}
-    for key, pair in scales.items():
-        if len(pair) != 2:
-            raise InvalidInput(f"model.blocks.{name}.{key}", pair, "two numbers, alpha and beta")
-    return Layer(mixer, mlp, **scales)

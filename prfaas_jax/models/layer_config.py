@@ -4,7 +4,7 @@ Every mixer says what it caches per request (`cache`), how many parameters it ha
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from prfaas_jax.errors import InvalidInput
@@ -20,6 +20,10 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise InvalidInput("model.rope.scaling.kind", self.kind, "linear or llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,11 @@ def check_counts(kind: str, config: Any, *fields: str) -> None:
         value = getattr(config, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InvalidInput(f"model.{kind}.{field}", value, "a positive integer")
+
+
+def _check_conv(kind: str, width: int) -> None:
+    if width < 2:
+        raise InvalidInput(f"model.{kind}.conv_width", width, "at least 2 taps (one has no history to cache)")
 
 
 def _check_rope(kind: str, rope: Rope | None, head_dim: int) -> None:
@@ -115,8 +124,9 @@ class AttentionConfig:
         queries, keys, values = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.values
         out = self.num_heads * self.values
         norms = {"none": 0, "head": 2 * self.head_dim, "all": queries + keys}[self.qk_norm]
-        total = hidden * (queries + keys + values + out) + norms
-        return total + (hidden * out if self.output_gate else 0) + (queries + keys + values if self.bias else 0) + self.sinks * self.num_heads
+        gate = hidden * out if self.output_gate else 0
+        biases = queries + keys + values if self.bias else 0
+        return hidden * (queries + keys + values + out) + norms + gate + biases + self.sinks * self.num_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +205,7 @@ class KdaConfig:
 
     def __post_init__(self) -> None:
         check_counts(self.kind, self, "num_heads", "key_dim", "value_dim", "gate_rank", "conv_width")
+        _check_conv(self.kind, self.conv_width)
 
     def cache(self, dtype: str) -> LayerCache:
         """The state `[H, key_dim, value_dim]` in float32 and the last conv_width - 1 inputs of each convolution, oldest first."""
@@ -236,6 +247,7 @@ class GatedDeltaConfig:
 
     def __post_init__(self) -> None:
         check_counts(self.kind, self, "num_key_heads", "num_value_heads", "key_dim", "value_dim", "conv_width")
+        _check_conv(self.kind, self.conv_width)
         if self.num_value_heads % self.num_key_heads:
             expected = f"a divisor of num_value_heads={self.num_value_heads}"
             raise InvalidInput("model.gated_delta.num_key_heads", self.num_key_heads, expected)
@@ -287,6 +299,8 @@ class LightningConfig:
         check_counts(self.kind, self, "num_heads", "head_dim", "norm_groups")
         if self.num_heads % self.norm_groups:
             raise InvalidInput("model.lightning.norm_groups", self.norm_groups, f"a divisor of num_heads={self.num_heads}")
+        if self.activation not in ("silu", None):
+            raise InvalidInput("model.lightning.activation", self.activation, "silu or None")
         _check_rope(self.kind, self.rope, self.head_dim)
 
     def cache(self, dtype: str) -> LayerCache:
@@ -400,35 +414,3 @@ class Layer:
     mlp: MlpConfig
     mixer_scales: tuple[float, float] = (1.0, 1.0)
     mlp_scales: tuple[float, float] = (1.0, 1.0)
-
-
-def part_to_dict(part: MixerConfig | MlpConfig) -> dict[str, Any]:
-    """JSON-ready form with its kind; `part_from_dict` reads it back."""
-    return {"kind": part.kind, **dataclasses.asdict(part)}
-
-
-def part_from_dict(field: str, known: Mapping[str, type], fields: Mapping[str, Any]) -> Any:
-    """One mixer or feed-forward part of a mapping; raises InvalidInput naming `field` for an unknown kind or wrong fields."""
-    values = dict(fields)
-    cls = known.get(values.pop("kind", None))
-    if cls is None:
-        raise InvalidInput(f"{field}.kind", fields.get("kind"), f"one of {sorted(known)}")
-    accepted = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(accepted)):
-        raise InvalidInput(field, unknown, f"only the fields {sorted(accepted)}")
-    if missing := [n for n, f in accepted.items() if f.default is dataclasses.MISSING and n not in values]:
-        raise InvalidInput(field, dict(fields), f"also the fields {missing}")
-    if isinstance(values.get("rope"), Mapping):
-        values["rope"] = rope_from_dict(f"{field}.rope", values["rope"])
-    return cls(**values)
-
-
-def rope_from_dict(field: str, fields: Mapping[str, Any]) -> Rope:
-    """A Rope of a mapping; raises InvalidInput naming `field` for fields that it does not have."""
-    values = dict(fields)
-    try:
-        if isinstance(values.get("scaling"), Mapping):
-            values["scaling"] = RopeScaling(**values["scaling"])
-        return Rope(**values)
-    except TypeError as error:
-        raise InvalidInput(field, dict(fields), f"theta, dims and scaling ({error})") from error
