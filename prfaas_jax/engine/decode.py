@@ -11,10 +11,9 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from absl import logging
 
 from prfaas_jax.engine.api import (
     Admitted,
@@ -29,13 +28,14 @@ from prfaas_jax.engine.api import (
     Token,
     check_job,
 )
-from prfaas_jax.engine.plan import DecodeInput, plan_decode, plan_ingest
-from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, read_token
+from prfaas_jax.engine.plan import DecodeInput, plan_decode
+from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, new_pages, read_token
+from prfaas_jax.engine.received import Received
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
-from prfaas_jax.kvcache.pages import PageAllocator, Reservation, SlotAllocator
-from prfaas_jax.kvcache.segments import SegmentKey, token_blocks
+from prfaas_jax.kvcache.pages import Reservation, SlotAllocator
+from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.scheduling.batching import decode_bucket
 
 Phase = Literal["waiting", "reserved", "prefilling", "receiving", "ready", "running"]
@@ -43,17 +43,16 @@ Phase = Literal["waiting", "reserved", "prefilling", "receiving", "ready", "runn
 
 @dataclasses.dataclass
 class Request:
-    """One request in the decode engine; `length` tokens are in the cache and `token` is the next to compute."""
+    """One request in the decode engine; `length` tokens are in the cache and `token` is the next to compute, in decode row `row`."""
 
     job: Job
     sink: Sink
     arrival: int
     phase: Phase = "waiting"
     reservation: Reservation | None = None
-    pending_blocks: int = 0
     first: Token | None = None
     ready_at: float = 0.0
-    slot: int = -1
+    row: int = -1
     length: int = 0
     token: int = 0
     generated: int = 0
@@ -63,26 +62,6 @@ class Request:
         """The reservation of a request past "waiting"."""
         assert self.reservation is not None
         return self.reservation
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A piece of received KV `[layers, tokens, heads, width]` of one tensor, waiting for its scatter."""
-
-    request: Request
-    tensor: int
-    tokens: tuple[int, int]
-    data: np.ndarray
-    done: Callable[[], None] | None  # set on the last piece of a received block
-
-
-def _settle(fences: list[Any]) -> None:
-    """Waits until no scatter reads its block any more; one that failed reads nothing either."""
-    for fence in fences:
-        try:
-            np.asarray(fence)
-        except Exception as error:  # whatever XLA raises: the requests fail anyway, their staging must come back
-            logging.warning("a scatter of received KV failed: %s", error)
 
 
 class DecodeWorker(EngineThread):
@@ -99,8 +78,7 @@ class DecodeWorker(EngineThread):
         self._prompts: dict[str, Prompt] = {}
         self._pending_prefill: DispatchedStep | None = None
         self._running: dict[str, Request] = {}
-        self._blocks: collections.deque[Block] = collections.deque()
-        self._fences: collections.deque[tuple[Any, Callable[[], None]]] = collections.deque()
+        self._received = Received(runner)
         self._lock = threading.Lock()  # guards what reserve and status read from other threads
         self._queued = 0
         self._arrivals = 0
@@ -111,9 +89,8 @@ class DecodeWorker(EngineThread):
         self._new_allocators()
 
     def _new_allocators(self) -> None:
-        runner = self._runner
-        self._pages = PageAllocator(runner.geometry.pages, self._options.page_size, runner.shards)
-        self._slots = SlotAllocator(max(runner.decode_buckets), runner.shards)
+        self._pages = new_pages(self._runner)
+        self._rows = SlotAllocator(max(self._runner.decode_buckets), self._runner.shards)
 
     # --- the edge ------------------------------------------------------------------------------------------------------------
 
@@ -133,16 +110,9 @@ class DecodeWorker(EngineThread):
         self._post(functools.partial(self._start_prefill, ticket))
 
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
-        """See DecodeEngine.ingest. Raises InvalidInput unless the block is whole in layers and heads."""
-        key.check(self.spec, self._options.max_length)
-        expected = (len(self.spec.groups[0].layers), key.tokens[1] - key.tokens[0], *self._heads_width(key.tensor))
-        if key.group != 0 or block.shape != expected:
-            raise InvalidInput("block shape", block.shape, f"{expected} in group 0")
+        """See DecodeEngine.ingest. Raises InvalidInput for a block that belongs in no cache here."""
+        self._received.check(key, block, self._options.max_length)
         self._post(functools.partial(self._queue_block, ticket, key, block, done))
-
-    def _heads_width(self, tensor: int) -> tuple[int, int]:
-        spec = self.spec.groups[0].cache.tensors[tensor]
-        return spec.heads, spec.width
 
     def commit(self, ticket: str, first: Token) -> None:
         """See DecodeEngine.commit."""
@@ -164,6 +134,8 @@ class DecodeWorker(EngineThread):
             local_prefills=self._local_prefills,
             tokens_prefilled=self._prefilled,
             tokens_decoded=self._decoded,
+            state_slots_free=self._pages.states.free,
+            state_slots_total=self._pages.states.total,
         )
 
     # --- commands, on the engine thread --------------------------------------------------------------------------------------
@@ -197,22 +169,19 @@ class DecodeWorker(EngineThread):
         if request is None:
             done()
             return
-        if key.tokens[1] > len(request.job.prompt):
-            self._end(ticket, Failed(InvalidInput("segment.tokens", key.tokens, f"a range of {len(request.job.prompt)} prompt tokens")))
+        try:
+            key.check(self.spec, len(request.job.prompt))
+        except InvalidInput as error:
+            self._end(ticket, Failed(error))
             done()
             return
         request.phase = "receiving"
-        start = key.tokens[0]
-        pieces = list(token_blocks(key.tokens, self._options.ingest_tokens))
-        for a, b in pieces:
-            last = (a, b) == pieces[-1]
-            self._blocks.append(Block(request, key.tensor, (a, b), block[:, a - start : b - start], done if last else None))
-        request.pending_blocks += len(pieces)
+        self._received.push(request.held, key, block, done)
 
     def _commit(self, ticket: str, first: Token, at: float) -> None:
         if request := self._in_phase(ticket, "reserved", "receiving"):
             request.first, request.ready_at = first, at
-            if not request.pending_blocks:
+            if not self._received.pending(ticket):
                 self._make_ready(request)
 
     def _make_ready(self, request: Request) -> None:
@@ -220,7 +189,7 @@ class DecodeWorker(EngineThread):
         self._ready.append(request)
 
     def _end(self, ticket: str, outcome: Finished | Failed) -> None:
-        """Drops a request in any phase. Its pages may be handed out at once: steps dispatched later run after those that use them."""
+        """Drops a request in any phase. Its pages and slot may be handed out at once: what is dispatched later runs later."""
         request = self._requests.pop(ticket, None)
         if request is None:
             return
@@ -232,38 +201,30 @@ class DecodeWorker(EngineThread):
             case "prefilling":
                 del self._prompts[ticket]
             case "receiving":
-                self._drop_blocks(request)
+                self._received.drop(ticket)
             case "ready":
                 self._ready.remove(request)
             case "running":
                 del self._running[ticket]
-                self._slots.free(ticket)
+                self._rows.free(ticket)
         if request.reservation is not None:
             self._pages.free(ticket)
         request.sink(outcome)
-
-    def _drop_blocks(self, request: Request) -> None:
-        kept = [b for b in self._blocks if b.request is not request]
-        dropped = [b for b in self._blocks if b.request is request]
-        self._blocks = collections.deque(kept)
-        for block in dropped:
-            if block.done is not None:
-                block.done()
 
     # --- one round -----------------------------------------------------------------------------------------------------------
 
     def _step(self) -> bool:
         self._admit()
-        self._release_staging(wait=False)
+        self._received.release(wait=False)
         self._ingest()
         self._prefill()
         self._publish()
         self._decode()
         self._admit()  # what ended in this round may have been all that was running: nothing else would wake those who wait
-        idle = not (self._running or self._prompts or self._pending_prefill or self._blocks or self._ready)
-        if idle and self._fences:
-            self._release_staging(wait=True)
-        return not idle or bool(self._fences)
+        idle = not (self._running or self._prompts or self._pending_prefill or self._received.waiting or self._ready)
+        if idle:
+            self._received.release(wait=True)
+        return not idle
 
     def _admit(self) -> None:
         while self._waiting:
@@ -281,32 +242,10 @@ class DecodeWorker(EngineThread):
 
     def _ingest(self) -> None:
         """Scatters received blocks; while others decode, no more per round than the budget."""
-        budget = self._options.ingest_bytes_per_step if self._running else None
-        while self._blocks and (budget is None or budget > 0):
-            block = self._blocks[0]
-            request, size = block.request, self._options.ingest_tokens
-            data = block.data
-            if data.shape[1] < size:
-                data = np.zeros((data.shape[0], size, *data.shape[2:]), data.dtype)
-                data[:, : block.data.shape[1]] = block.data
-            held = request.held
-            plan = plan_ingest(held.pages, self._options.page_size, block.tokens, size, held.shard, self._runner.shards)
-            fence = self._runner.ingest(block.tensor, data, plan)
-            self._blocks.popleft()  # not earlier: if the scatter cannot be dispatched, the failure must still release the block
-            if block.done is not None:
-                self._fences.append((fence, block.done))
-            if budget is not None:
-                budget -= data.nbytes
-            request.pending_blocks -= 1
-            if request.first is not None and not request.pending_blocks:
+        for ticket in self._received.scatter(self._options.ingest_bytes_per_step if self._running else None):
+            request = self._requests[ticket]
+            if request.first is not None:
                 self._make_ready(request)
-
-    def _release_staging(self, wait: bool) -> None:
-        """Gives staging buffers back once the scatters that read them are done."""
-        while self._fences and (wait or self._fences[0][0].is_ready()):
-            fence, done = self._fences.popleft()
-            np.asarray(fence)
-            done()
 
     def _prefill(self) -> None:
         """One chunk step of local prefill, if any; running rows decode in between."""
@@ -337,7 +276,7 @@ class DecodeWorker(EngineThread):
         for request in list(self._ready):
             ticket = request.job.ticket
             try:
-                request.slot = self._slots.reserve(ticket, request.held.shard)
+                request.row = self._rows.reserve(ticket, request.held.shard)
             except Exhausted:
                 continue  # this shard's rows are taken; another shard may have one
             self._ready.remove(request)
@@ -362,9 +301,9 @@ class DecodeWorker(EngineThread):
         if not self._running:
             return
         requests = list(self._running.values())
-        rows = decode_bucket(self._slots.rows_needed(), self._runner.decode_buckets)
+        rows = decode_bucket(self._rows.rows_needed(), self._runner.decode_buckets)
         inputs = [
-            DecodeInput(self._slots.bucket_row(r.slot, rows), r.token, r.length, r.held.pages, r.job.sampling) for r in requests
+            DecodeInput(self._rows.bucket_row(r.row, rows), r.token, r.length, r.held.pages, r.job.sampling, r.held.slot) for r in requests
         ]
         drawn = self._runner.decode(plan_decode(inputs, rows, self._runner.geometry.width))
         tokens, logprobs = np.asarray(drawn.token), np.asarray(drawn.logprob)
@@ -377,18 +316,14 @@ class DecodeWorker(EngineThread):
 
     def _fail_all(self, error: PrfaasError) -> None:
         outstanding = list(self._requests.values())
-        fences = [fence for fence, _ in self._fences]
-        releases = [b.done for b in self._blocks if b.done] + [done for _, done in self._fences]
-        for container in (self._requests, self._waiting, self._ready, self._prompts, self._running, self._blocks, self._fences):
+        for container in (self._requests, self._waiting, self._ready, self._prompts, self._running):
             container.clear()
         self._pending_prefill = None
         self._new_allocators()
         with self._lock:
             self._queued = 0
+        self._received.clear()
         if not self._closing.is_set():
             self._runner.reset_pools()
-        _settle(fences)
-        for done in releases:
-            done()
         for request in outstanding:
             request.sink(Failed(error))

@@ -26,7 +26,7 @@ from prfaas_jax.engine.steps import Drawn
 from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
 from prfaas_jax.kvcache.pages import PageAllocator, Reservation
-from prfaas_jax.kvcache.pools import Pools
+from prfaas_jax.models.caching import New
 from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill
 
 
@@ -51,30 +51,37 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class DispatchedStep:
-    """A prefill step that has been dispatched and whose results have not been read."""
+    """A prefill step that has been dispatched and whose results have not been read; `new` is what it added to each cache group."""
 
     rows: list[tuple[Prompt, PrefillInput]]
     drawn: Drawn
-    kv: Pools
+    new: tuple[New, ...]
 
 
 def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, export: bool) -> DispatchedStep:
     """Chooses rows among `prompts`, dispatches one step and advances the chosen prompts.
 
-    `step` numbers the steps; without `export` the new KV stays on the device.
+    `step` numbers the steps; without `export` what is new stays on the device.
     """
     choice = choose_prefill([p.item() for p in prompts.values()], runner.prefill_buckets, runner.options.chunk, step)
     rows = []
     for ticket, row, start, count in choice.rows:
         prompt = prompts[ticket]
-        assert prompt.reservation is not None
+        held = prompt.reservation
+        assert held is not None
         if start == 0:
             prompt.started = time.monotonic()
         prompt.done, prompt.last_step = start + count, step
-        rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, prompt.reservation.pages, prompt.job.sampling)))
+        rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, held.pages, prompt.job.sampling, held.slot, held.slot)))
     plan = plan_prefill([r for _, r in rows], choice.bucket.rows, choice.bucket.tokens, runner.geometry.width)
-    drawn, kv = runner.prefill(plan, export)
-    return DispatchedStep(rows, drawn, kv)
+    drawn, new = runner.prefill(plan, export)
+    return DispatchedStep(rows, drawn, new)
+
+
+def new_pages(runner: Runner) -> PageAllocator:
+    """Accounts of the runner's pools, with everything free."""
+    geometry = runner.geometry
+    return PageAllocator(geometry.pages, geometry.page_size, runner.shards, geometry.slots)
 
 
 def read_token(drawn: Drawn, row: int, with_logits: bool) -> Token:
@@ -91,7 +98,7 @@ class PrefillWorker(EngineThread):
         self.spec, self.fingerprint = runner.spec, runner.fingerprint
         self._runner = runner
         self._options = runner.options
-        self._pages = self._new_pages()
+        self._pages = new_pages(runner)
         self._waiting: dict[str, Prompt] = {}
         self._active: dict[str, Prompt] = {}
         self._pending: DispatchedStep | None = None
@@ -100,9 +107,6 @@ class PrefillWorker(EngineThread):
         self._arrivals = 0
         self._steps = 0
         self._prefilled = 0
-
-    def _new_pages(self) -> PageAllocator:
-        return PageAllocator(self._runner.geometry.pages, self._options.page_size, self._runner.shards)
 
     # --- the edge ------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +135,8 @@ class PrefillWorker(EngineThread):
             pages_total=self._pages.pages_total,
             compiles_after_warmup=self._runner.compiles_after_warmup(),
             tokens_prefilled=self._prefilled,
+            state_slots_free=self._pages.states.free,
+            state_slots_total=self._pages.states.total,
         )
 
     # --- the engine thread ---------------------------------------------------------------------------------------------------
@@ -150,7 +156,7 @@ class PrefillWorker(EngineThread):
             prompt.sink(Finished("cancelled"))
 
     def _forget(self, ticket: str) -> Prompt | None:
-        """Drops a prompt and returns its pages: whatever is dispatched later runs after the steps that still write them."""
+        """Drops a prompt and returns its pages and slot: whatever is dispatched later runs after the steps that still write them."""
         if prompt := self._waiting.pop(ticket, None):
             with self._lock:
                 self._queued -= 1
@@ -182,12 +188,12 @@ class PrefillWorker(EngineThread):
         return self._pending is not None or bool(self._waiting and not self._active)
 
     def _deliver(self, step: DispatchedStep) -> None:
-        """Hands out a finished step's KV while the next step computes."""
+        """Hands out what stays of a finished step's new cache while the next step computes."""
         for prompt, row in step.rows:
             ticket = prompt.job.ticket
             if self._active.get(ticket) is not prompt:
                 continue  # cancelled meanwhile
-            for segment in self._runner.export(step.kv, row.row, row.start, row.valid):
+            for segment in self._runner.export(step.new, row.row, row.start, row.valid, len(prompt.job.prompt)):
                 prompt.sink(SegmentReady(segment))
             self._prefilled += row.valid
             prompt.sink(PrefillProgress(row.start + row.valid))
@@ -201,7 +207,7 @@ class PrefillWorker(EngineThread):
         self._waiting.clear()
         self._active.clear()
         self._pending = None
-        self._pages = self._new_pages()
+        self._pages = new_pages(self._runner)
         with self._lock:
             self._queued = 0
         if not self._closing.is_set():

@@ -68,9 +68,9 @@ class Segment:
     payload: memoryview
 
 
-def token_blocks(tokens: tuple[int, int], block: int) -> Iterator[tuple[int, int]]:
-    """Cuts a token range at absolute multiples of `block`."""
-    start, stop = tokens
+def aligned_blocks(positions: tuple[int, int], block: int) -> Iterator[tuple[int, int]]:
+    """Cuts a range of tokens or layers at absolute multiples of `block`."""
+    start, stop = positions
     while start < stop:
         end = min(stop, (start // block + 1) * block)
         yield start, end

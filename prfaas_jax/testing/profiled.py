@@ -26,7 +26,7 @@ from prfaas_jax.engine.api import (
     check_job,
 )
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
-from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part, layer_blocks, token_blocks
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, aligned_blocks, kept_part, layer_blocks
 from prfaas_jax.kvcache.spec import CacheSpec
 
 _TABLE = 1 << 16
@@ -197,7 +197,7 @@ class ProfiledPrefillEngine:
         started = time.monotonic()
         sink(Admitted())
         length = len(job.prompt)
-        for tokens in token_blocks((0, length), self._chunk):
+        for tokens in aligned_blocks((0, length), self._chunk):
             if end := self._interrupted(job, started + self._seconds(tokens[1])):
                 return end
             for key in self._keys(tokens, length):
@@ -244,6 +244,6 @@ class ProfiledPrefillEngine:
                 slices = min(self._shards, tensor.heads)
                 edges = [s * tensor.heads // slices for s in range(slices + 1)]
                 step = self._layers
-                blocks = layer_blocks(group, t) if step is None else token_blocks((0, len(group.layers)), step)
+                blocks = layer_blocks(group, t) if step is None else aligned_blocks((0, len(group.layers)), step)
                 keys += [SegmentKey(g, t, layers, kept, heads) for layers in blocks for heads in itertools.pairwise(edges)]
         return keys

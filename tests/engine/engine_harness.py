@@ -30,7 +30,9 @@ from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.models.score import forward_logits
+from prfaas_jax.transfer.assembly import VIEW_DTYPES
 
 TIMEOUT_S = 60.0
 CHUNK = 64
@@ -161,16 +163,18 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def assert_idle(worker: DecodeWorker | PrefillWorker) -> None:
-    """No page, slot, queue place or staging buffer is held."""
+    """No page, state slot, decode row, queue place or staging buffer is held."""
 
     def idle() -> bool:
         status = worker.status()
-        return status.pages_free == status.pages_total and not (status.running or status.waiting)
+        held = status.pages_total - status.pages_free, status.state_slots_total - status.state_slots_free
+        return not any((*held, status.running, status.waiting))
 
     eventually(idle)
     if isinstance(worker, DecodeWorker):
-        eventually(lambda: not (worker._requests or worker._blocks or worker._fences or worker._prompts))
-        assert worker._slots.slots_free == worker._slots.slots
+        received = worker._received
+        eventually(lambda: not (worker._requests or received._pieces or received._fences or received._pending or worker._prompts))
+        assert worker._rows.slots_free == worker._rows.slots
 
 
 def run_local(worker: DecodeWorker, *jobs: Job) -> list[Recorder]:
@@ -186,12 +190,12 @@ def run_local(worker: DecodeWorker, *jobs: Job) -> list[Recorder]:
     return sinks
 
 
-def whole_blocks(segments: Sequence[Segment], shape: Callable[[SegmentKey], tuple[int, ...]]) -> list[tuple[SegmentKey, np.ndarray]]:
-    """Joins head slices of one token range and tensor."""
-    parts: dict[tuple, list[tuple[SegmentKey, np.ndarray]]] = {}
+def whole_blocks(segments: Sequence[Segment], spec: CacheSpec) -> list[tuple[SegmentKey, np.ndarray]]:
+    """Joins head slices of one token range, layer range and tensor."""
+    parts: dict[SegmentKey, list[tuple[SegmentKey, np.ndarray]]] = {}
     for s in segments:
-        array = np.frombuffer(s.payload, np.float32).reshape(shape(s.key))
-        parts.setdefault((s.key.tensor, s.key.tokens), []).append((s.key, array))
+        array = np.frombuffer(s.payload, VIEW_DTYPES[s.key.tensor_spec(spec).dtype]).reshape(s.key.shape(spec))
+        parts.setdefault(dataclasses.replace(s.key, heads=(0, 0)), []).append((s.key, array))
     blocks = []
     for slices in parts.values():
         slices.sort(key=lambda part: part[0].heads)
@@ -206,7 +210,7 @@ def prefill(worker: PrefillWorker, j: Job) -> tuple[list[tuple[SegmentKey, np.nd
     worker.submit(j, sink)
     (done,) = sink.wait(PrefillDone, Failed)
     assert isinstance(done, PrefillDone), done
-    return whole_blocks([e.segment for e in sink.of(SegmentReady)], lambda key: key.shape(worker.spec)), done
+    return whole_blocks([e.segment for e in sink.of(SegmentReady)], worker.spec), done
 
 
 def run_remote(prefills: PrefillWorker, decodes: DecodeWorker, *jobs: Job) -> list[Recorder]:
@@ -231,7 +235,7 @@ def run_remote(prefills: PrefillWorker, decodes: DecodeWorker, *jobs: Job) -> li
 
 
 def _poison(staging: np.ndarray, done: Done) -> None:
-    staging.fill(np.nan)
+    staging.view(np.uint8).fill(0xFF)  # NaN in every dtype
     done()
 
 

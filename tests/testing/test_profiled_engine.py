@@ -84,6 +84,7 @@ def test_windows_leave_when_they_stay_and_states_with_the_last_chunk(engine):
     events: queue.Queue = queue.Queue()
     engine.submit(job("a", 67), events.put)
     tokens: dict[int, list] = {2: [], 3: []}
+    computed = 0
     for event in events_until_last(events):
         match event:
             case SegmentReady(segment) if segment.key.group in tokens:
