@@ -3,6 +3,7 @@
 The converter that makes these files reorders the rows of q and k for interleaved rotary embeddings; reading undoes it.
 """
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,19 @@ import gguf
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.models.config import ModelConfig, RopeScaling
-from prfaas_jax.models.stacking import stack
+from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.layer_config import AttentionConfig, RopeScaling
+from prfaas_jax.models.stacking import Part, Source, layer_place, stack
 
-# parameter name (params.py) -> tensor name in the file
-NAMES = {
-    "embed": "token_embd.weight",
-    "final_norm/weight": "output_norm.weight",
-    "lm_head": "output.weight",
-    "layers/input_norm/weight": "blk.{}.attn_norm.weight",
-    "layers/post_attention_norm/weight": "blk.{}.ffn_norm.weight",
-    **{f"layers/attention/{p}_proj/weight": f"blk.{{}}.attn_{p}.weight" for p in "qkv"},
-    "layers/attention/o_proj/weight": "blk.{}.attn_output.weight",
-    **{f"layers/mlp/{p}_proj/weight": f"blk.{{}}.ffn_{p}.weight" for p in ("gate", "up", "down")},
+_EMBED, _OUTPUT = "token_embd.weight", "output.weight"
+
+# Of each layer, parameter name (params.py) -> tensor name in the file, both without the layer.
+_LAYER = {
+    "mixer_norm/weight": "attn_norm.weight",
+    "mlp_norm/weight": "ffn_norm.weight",
+    **{f"mixer/{p}_proj/weight": f"attn_{p}.weight" for p in "qkv"},
+    "mixer/o_proj/weight": "attn_output.weight",
+    **{f"mlp/{p}_proj/weight": f"ffn_{p}.weight" for p in ("gate", "up", "down")},
 }
 
 # Every llama.* key that is understood; any other may change the mathematics and is refused.
@@ -75,9 +76,9 @@ class GgufFile:
             if (value := self.get(f"llama.{key}", head_dim)) != head_dim:
                 raise InvalidInput(f"GGUF llama.{key}", value, f"{head_dim}, the size of a whole head")
         shapes = self._shapes()
-        return ModelConfig(
+        return ModelConfig.dense(
             name=self.get("general.name", self.path.stem),
-            vocab_size=self.get("llama.vocab_size") or shapes.get(NAMES["embed"], (0,))[0],
+            vocab_size=self.get("llama.vocab_size") or shapes.get(_EMBED, (0,))[0],
             hidden_size=hidden,
             num_layers=self._count("block_count"),
             num_heads=heads,
@@ -88,7 +89,7 @@ class GgufFile:
             rope_theta=_shortest(self.get("llama.rope.freq_base", 10_000.0)),
             rope_scaling=self._rope_scaling(),
             rms_norm_eps=_shortest(self.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
-            tie_embeddings=NAMES["lm_head"] not in shapes,
+            tie_embeddings=_OUTPUT not in shapes,
             dtype=dtype or "float32",
         )
 
@@ -104,17 +105,11 @@ class GgufFile:
         def read(name: str) -> np.ndarray:
             tensor = tensors[name]
             try:
-                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError as e:
                 raise InvalidInput(f"checkpoint tensor {name} type", tensor.tensor_type.name, "a type that `gguf` dequantises") from e
-            match name.rsplit(".", 2)[1]:
-                case "attn_q":
-                    return half_rotation_rows(values, config.num_heads)
-                case "attn_k":
-                    return half_rotation_rows(values, config.num_kv_heads)
-            return values
 
-        return stack(config, NAMES, self._shapes(), read, progress)
+        return stack(config, _sources(config), self._shapes(), read, progress)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes as numpy orders them; GGUF writes the fastest axis first."""
@@ -149,6 +144,21 @@ def read_gguf(path: Path | str, dtype: str | None = None, progress: bool = True)
     file = GgufFile(path)
     config = file.config(dtype)
     return config, file.weights(config, progress)
+
+
+def _sources(config: ModelConfig) -> list[Source]:
+    """The tensors of a file; rows of q and k go back to the order of the original."""
+    sources = [Source((_EMBED,), (Part("embed"),)), Source(("output_norm.weight",), (Part("final_norm/weight"),))]
+    if not config.tie_embeddings:
+        sources.append(Source((_OUTPUT,), (Part("lm_head"),)))
+    for number, layer in enumerate(config.layers):
+        assert isinstance(layer.mixer, AttentionConfig), "config() builds no other"
+        heads = {"attn_q.weight": layer.mixer.num_heads, "attn_k.weight": layer.mixer.num_kv_heads}
+        prefix, index = layer_place(config, number)
+        for parameter, tensor in _LAYER.items():
+            take = functools.partial(half_rotation_rows, heads=heads[tensor]) if tensor in heads else None
+            sources.append(Source((f"blk.{number}.{tensor}",), (Part(f"{prefix}/{parameter}", index, take),)))
+    return sources
 
 
 def half_rotation_rows(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""Weights of a Hugging Face directory (Llama and Qwen3 families), through the `safetensors` package."""
+"""Weights of a Hugging Face directory (hf_config.ARCHITECTURES), through the `safetensors` package."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.config import ModelConfig
-from prfaas_jax.models.hf_config import read_hf_config, read_json
+from prfaas_jax.models.hf_config import read_hf_config, read_json, read_text_fields
+from prfaas_jax.models.hf_names import EMBED, LM_HEAD, hf_skipped, hf_sources
 from prfaas_jax.models.stacking import stack
-
-# parameter name (params.py) -> tensor name in the files
-NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm/weight": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    "layers/input_norm/weight": "model.layers.{}.input_layernorm.weight",
-    "layers/post_attention_norm/weight": "model.layers.{}.post_attention_layernorm.weight",
-    **{f"layers/attention/{p}_proj/weight": f"model.layers.{{}}.self_attn.{p}_proj.weight" for p in "qkvo"},
-    **{f"layers/attention/{p}_norm/weight": f"model.layers.{{}}.self_attn.{p}_norm.weight" for p in "qk"},
-    **{f"layers/mlp/{p}_proj/weight": f"model.layers.{{}}.mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
-}
-
-# Buffers that old checkpoints carry and that follow from the config.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def read_hf(path: Path | str, dtype: str | None = None) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -34,7 +19,8 @@ def read_hf(path: Path | str, dtype: str | None = None) -> tuple[ModelConfig, di
 
     Args:
         path: the directory.
-        dtype: dtype of the returned arrays; None keeps the one that config.json names.
+        dtype: dtype of the returned arrays; None keeps the one that config.json names. (What params.py keeps in float32, such as decay
+            rates and router biases, stays so.)
 
     Returns:
         The config and the stacked arrays by parameter name, read once and cast on the way.
@@ -43,12 +29,14 @@ def read_hf(path: Path | str, dtype: str | None = None) -> tuple[ModelConfig, di
     """
     path = Path(path)
     config = read_hf_config(path, dtype)
+    architecture, fields = read_text_fields(path)
+    skipped = hf_skipped(config, fields)
     with _Tensors(path) as tensors:
-        shapes = {name: shape for name, shape in tensors.shapes().items() if not _DERIVED.fullmatch(name)}
-        if config.tie_embeddings and NAMES["lm_head"] in shapes:
-            _check_tied(tensors)
-            del shapes[NAMES["lm_head"]]
-        return config, stack(config, NAMES, shapes, tensors.read)
+        shapes = {name: shape for name, shape in tensors.shapes().items() if not skipped.fullmatch(name)}
+        if config.tie_embeddings and LM_HEAD in shapes:
+            _check_tied(tensors, shapes)
+            del shapes[LM_HEAD]
+        return config, stack(config, hf_sources(config, architecture), shapes, tensors.read)
 
 
 class _Tensors:
@@ -94,8 +82,8 @@ class _Tensors:
         return self.files[self.file_of[name]].get_tensor(name)
 
 
-def _check_tied(tensors: _Tensors) -> None:
+def _check_tied(tensors: _Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
     """A tied model's file may repeat the embedding as lm_head, but not contradict it."""
-    head, embed = (tensors.read(NAMES[n]) for n in ("lm_head", "embed"))
-    if not np.array_equal(head, embed):
+    embed = next((name for name in EMBED if name in shapes), None)
+    if embed is None or not np.array_equal(tensors.read(LM_HEAD), tensors.read(embed)):
         raise InvalidInput("checkpoint tensor lm_head.weight", "differs from the embedding", "the embedding itself (tie_word_embeddings)")
