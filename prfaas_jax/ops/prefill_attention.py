@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.ops.running_softmax import MASKED, SoftmaxState, add_block, add_cached, scores, start_state
+from prfaas_jax.ops.running_softmax import MASKED, SoftmaxState, add_block, add_cached, add_sinks, scores, start_state
 
 # Query tokens per block: key blocks above the diagonal are skipped in steps of this.
 QUERY_BLOCK = 128
@@ -16,21 +16,22 @@ DENSE_LIMIT = 512
 def prefill_attention(
     q: Float[Array, "B T N H"],
     k_new: Float[Array, "B T K H"],
-    v_new: Float[Array, "B T K H"],
+    v_new: Float[Array, "B T K Hv"],
     k_pool: Float[Array, "K X page_size H"],
-    v_pool: Float[Array, "K X page_size H"],
+    v_pool: Float[Array, "K X page_size Hv"],
     table: Int[Array, "B MP"],
     start: Int[Array, " B"],
     layer: Int[Array, ""],
     *,
     pages_per_layer: int,
     scale: float,
-) -> Float[Array, "B T N H"]:
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N Hv"]:
     """Attention of T new tokens per row: over the `start[b]` tokens already in the pool, and causally over themselves.
 
     Shard-local. The pool is only read, `start == 0` in all rows reads nothing of it. Padding sits at a row's end and must be
     finite; valid tokens never attend it. A row's result depends on its own data only, not on its companions, its position
-    in the bucket or the page size.
+    in the bucket or the page size. `sinks` is a logit per query head that joins the softmax and takes no value.
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k_pool.shape[0]
@@ -41,7 +42,7 @@ def prefill_attention(
     q_blocks = jnp.pad(q, pad).reshape(batch, blocks, size, kv_heads, group, head_dim).transpose(1, 3, 0, 4, 2, 5)
     k, v = (jnp.pad(x, pad).transpose(2, 0, 1, 3) for x in (k_new, v_new))
 
-    def attend(i: Int[Array, ""], queries: Float[Array, "K B G t H"]) -> Float[Array, "K B G t H"]:
+    def attend(i: Int[Array, ""], queries: Float[Array, "K B G t H"]) -> Float[Array, "K B G t Hv"]:
         def own(x: Array, j: Int[Array, ""]) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=2)
 
@@ -50,17 +51,19 @@ def prefill_attention(
         def earlier(j: Int[Array, ""], state: SoftmaxState) -> SoftmaxState:
             return add_block(state, scores(rows, own(k, j), scale), own(v, j))
 
-        state = _diagonal(queries, own(k, i), own(v, i), scale)
+        state = causal_state(queries, own(k, i), own(v, i), scale)
         state = jax.lax.fori_loop(0, i, earlier, state)
         state = add_cached(state, rows, k_pool, v_pool, table, start, layer, pages_per_layer=pages_per_layer, scale=scale)
-        return state.output().reshape(kv_heads, batch, group, size, head_dim).astype(q.dtype)
+        if sinks is not None:
+            state = add_sinks(state, sinks)
+        return state.output().reshape(kv_heads, batch, group, size, -1).astype(q.dtype)
 
     out = attend(jnp.int32(0), q_blocks[0])[None] if blocks == 1 else jax.lax.map(lambda x: attend(*x), (jnp.arange(blocks), q_blocks))
-    return out.transpose(2, 0, 4, 1, 3, 5).reshape(batch, blocks * size, heads, head_dim)[:, :tokens]
+    return out.transpose(2, 0, 4, 1, 3, 5).reshape(batch, blocks * size, heads, -1)[:, :tokens]
 
 
-def _diagonal(
-    q: Float[Array, "K B G T H"], k: Float[Array, "K B T H"], v: Float[Array, "K B T H"], scale: float
+def causal_state(
+    q: Float[Array, "K B G T H"], k: Float[Array, "K B T H"], v: Float[Array, "K B T Hv"], scale: float
 ) -> SoftmaxState:
     """Causal attention of T tokens over themselves: each query block meets the keys up to its own end."""
     kv_heads, batch, group, tokens, head_dim = q.shape

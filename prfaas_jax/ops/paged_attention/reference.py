@@ -3,22 +3,23 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.ops.running_softmax import add_cached, scores, start_state
+from prfaas_jax.ops.running_softmax import add_cached, add_sinks, scores, start_state
 
 
 def paged_attention(
     q: Float[Array, "B N H"],
     k_new: Float[Array, "B K H"],
-    v_new: Float[Array, "B K H"],
+    v_new: Float[Array, "B K Hv"],
     k_pool: Float[Array, "K X page_size H"],
-    v_pool: Float[Array, "K X page_size H"],
+    v_pool: Float[Array, "K X page_size Hv"],
     table: Int[Array, "B MP"],
     lengths: Int[Array, " B"],
     layer: Int[Array, ""],
     *,
     pages_per_layer: int,
     scale: float,
-) -> Float[Array, "B N H"]:
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B N Hv"]:
     """See `prfaas_jax.ops.paged_attention.paged_attention`."""
     batch, heads, head_dim = q.shape
     kv_heads = k_pool.shape[0]
@@ -26,4 +27,6 @@ def paged_attention(
     k, v = (x.transpose(1, 0, 2)[:, :, None] for x in (k_new, v_new))
     state = start_state(scores(grouped, k, scale), v)
     state = add_cached(state, grouped, k_pool, v_pool, table, lengths, layer, pages_per_layer=pages_per_layer, scale=scale)
-    return jnp.swapaxes(state.output(), 0, 1).reshape(batch, heads, head_dim).astype(q.dtype)
+    if sinks is not None:
+        state = add_sinks(state, sinks)
+    return jnp.swapaxes(state.output(), 0, 1).reshape(batch, heads, -1).astype(q.dtype)
