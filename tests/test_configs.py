@@ -19,7 +19,7 @@ PUBLISHED = {
     "llama_3_1_8b": (8030, 131_072, 0),
     "qwen3_235b": (235_000, 192_512, 0),
     "minimax_m2_5": (230_000, 253_952, 0),
-    # The card says 48 B, rounded down: the published shapes make 49.1 B, 48.4 B without the embedding and the output head.
+    # The card says 48 B: the published shapes make 49.1 B, 48.4 B of them outside the embedding and the output head.
     "kimi_linear_48b": (49_100, 8064, 43_417_600),
     "mimo_v2_flash": (309_000, 23_040, 25_559_040),
     "qwen3_5_397b": (397_000, 30_720, 192_061_440),
@@ -41,6 +41,18 @@ PUBLISHED = {
     "mimo_toy": (0.788528, 1920, 122_880),
     "gemma3_toy": (0.626112, 1024, 158_720),
     "lightning_toy": (0.759616, 1024, 49_152),
+}
+
+# Parameters that the classes of transformers 5.23 have at these shapes, router biases (their buffers) included.
+TRANSFORMERS = {
+    "kimi_linear_48b": 49_122_681_728,
+    "mimo_v2_flash": 308_778_780_864,
+    "qwen3_5_397b": 396_346_350_336,
+    "minimax_m2_5": 228_689_764_864,
+    "qwen3_235b": 235_093_634_560,
+    "qwen3_next_80b": 79_674_391_296,
+    "qwen3_5_0_8b": 752_393_024,
+    "gemma3_270m": 268_098_176,
 }
 
 # Layers that are compiled one by one: head + period + tail. Compile time follows this, not the depth.
@@ -76,6 +88,10 @@ def test_figures_match_what_is_published(name):
     spec = cache_spec(config)
     assert (spec.bytes_per_token, spec.fixed_bytes) == (kv_bytes, fixed)
     assert spec.bytes(1000) == fixed + 1000 * kv_bytes  # 1000 tokens fill every window
+
+
+def test_parameters_are_those_of_transformers_to_the_last_one():
+    assert {name: load_model_config(name).num_params() for name in TRANSFORMERS} == TRANSFORMERS
 
 
 @pytest.mark.parametrize("name", sorted(COMPILED))

@@ -3,8 +3,8 @@
 20 KDA and 7 MLA layers: every fourth layer is MLA and so is the last one. No rotary embedding anywhere: MLA keeps the 64 shared
 elements of a key unrotated. First layer dense, then 256 experts of which a token sees 8, and a shared one.
 
-Source: the published config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct; its name rounds the parameters down (48.4 B without the
-embedding and the output head).
+Source: the published config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct; its class in transformers has as many parameters at these
+shapes. The name is 2 % below: 48.4 B are outside the embedding and the output head.
 """
 
 from ml_collections import ConfigDict

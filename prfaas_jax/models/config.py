@@ -87,8 +87,7 @@ class ModelConfig:
         if not isinstance(num_layers, int) or num_layers < 1:
             raise InvalidInput("model.num_layers", num_layers, "a positive integer")
         rope = Rope(rope_theta, scaling=rope_scaling)
-        norm = "head" if qk_norm else "none"
-        mixer = AttentionConfig(num_heads, num_kv_heads, head_dim, rope=rope, qk_norm=norm, bias=attention_bias)
+        mixer = AttentionConfig(num_heads, num_kv_heads, head_dim, rope=rope, qk_norm="head" if qk_norm else "none", bias=attention_bias)
         return cls(layers=(Layer(mixer, DenseConfig(intermediate_size)),) * num_layers, **fields)
 
     @property
