@@ -11,7 +11,7 @@ from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.decode import DecodeWorker
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
-from prfaas_jax.engine.runner import Runner, choose_implementation
+from prfaas_jax.engine.runner import Runner, choose_implementations
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.models.checkpoint import Loaded, load
 from prfaas_jax.models.source import RandomConfig, read_config
@@ -58,12 +58,12 @@ def build_runner(options: EngineOptions, random_config: RandomConfig | None = No
     prefill_buckets(options.chunk, max(options.max_prefill_rows, spec.data), spec.data)
     decode_buckets(options.max_rows, spec.data)
     if options.paged_attention is not None:
-        choose_implementation(config, options, shard.mesh.devices.flat[0].platform)
+        choose_implementations(config, options, shard.mesh.devices.flat[0].platform)
     compile_count()  # starts counting before the first compilation
     enable_compile_cache()
     loaded = load(options.checkpoint, shard, options.dtype, random_config, progress=True)
     runner = Runner(loaded.config, options, loaded.params, loaded.fingerprint)
-    cache = runner.spec.bytes(1) * runner.shards * runner.geometry.pages * options.page_size
+    cache = sum(pool.nbytes for pools in runner.pools for pool in pools)
     logging.info("%s on %s (%s): pools of %.2f GiB", loaded.config.name, spec, runner.platform, cache / 2**30)
     return runner, loaded
 

@@ -18,6 +18,8 @@ class EngineOptions:
         dtype: "float32" or "bfloat16" for weights, activations and cache; None takes the checkpoint's.
         page_size: tokens per page.
         pages: pages per layer and data shard, dummy page included; None takes enough for `max_rows` requests of `max_length`.
+        slots: windows and states per layer and data shard, dummy slot included; None takes enough for `max_rows` requests. Models that
+            keep all tokens in every layer need none.
         chunk: prompt tokens per row and prefill step; chunks start at absolute multiples of it.
         max_length: prompt plus new tokens of one request.
         max_rows: requests that decode at once.
@@ -35,6 +37,7 @@ class EngineOptions:
     dtype: str | None = None
     page_size: int = 16
     pages: int | None = None
+    slots: int | None = None
     chunk: int = 256
     max_length: int = 4096
     max_rows: int = 32
@@ -59,6 +62,8 @@ class EngineOptions:
             raise InvalidInput("attention", self.attention, "sharded or replicated")
         if self.pages is not None and self.pages < 2:
             raise InvalidInput("pages", self.pages, "at least 2 (page 0 is a dummy)")
+        if self.slots is not None and self.slots < 2:
+            raise InvalidInput("slots", self.slots, "at least 2 (slot 0 is a dummy)")
 
     @property
     def pages_per_request(self) -> int:
@@ -70,3 +75,7 @@ class EngineOptions:
         if self.pages is not None:
             return self.pages
         return 1 + self.pages_per_request * -(-self.max_rows // shards)
+
+    def slots_per_shard(self, shards: int) -> int:
+        """Slots per layer of one data shard, for models that keep windows or states."""
+        return 1 + -(-self.max_rows // shards) if self.slots is None else self.slots

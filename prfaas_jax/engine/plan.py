@@ -35,26 +35,35 @@ class SamplingRows(NamedTuple):
 
 
 class PrefillPlan(NamedTuple):
-    """One prefill step: row b computes prompt tokens [start, start + valid) of its request; padded rows have 0 valid."""
+    """One prefill step: row b computes prompt tokens [start, start + valid) of its request; padded rows have 0 valid.
+
+    Windows and states are read from `read_slot` (not at all at start 0) and written to `write_slot`; both are 0 in padded rows.
+    """
 
     tokens: Int32[Leaf, "B T"]
     start: Int32[Leaf, " B"]
     valid: Int32[Leaf, " B"]
     table: Int32[Leaf, "B MP"]
+    read_slot: Int32[Leaf, " B"]
+    write_slot: Int32[Leaf, " B"]
     sampling: SamplingRows
 
 
 class DecodePlan(NamedTuple):
-    """One decode step: row b has `length` tokens cached and now computes `token` at position `length`; padded rows have length 0."""
+    """One decode step: row b has `length` tokens cached and now computes `token` at position `length`; padded rows have length 0.
+
+    Windows and states are read and written at `slot`.
+    """
 
     token: Int32[Leaf, " B"]
     length: Int32[Leaf, " B"]
     table: Int32[Leaf, "B MP"]
+    slot: Int32[Leaf, " B"]
     sampling: SamplingRows
 
 
 class IngestPlan(NamedTuple):
-    """Where received tokens go: page and offset per data shard; shards that do not own the request point at page 0."""
+    """Where received tokens go: page (or slot) and offset per data shard; shards that do not own the request point at the dummy 0."""
 
     page: Int32[Leaf, "shards R"]
     offset: Int32[Leaf, "shards R"]
@@ -69,6 +78,8 @@ class PrefillInput(NamedTuple):
     valid: int
     pages: np.ndarray
     sampling: SamplingParams
+    read_slot: int = 0
+    write_slot: int = 0
 
 
 class DecodeInput(NamedTuple):
@@ -79,6 +90,7 @@ class DecodeInput(NamedTuple):
     length: int
     pages: np.ndarray
     sampling: SamplingParams
+    slot: int = 0
 
 
 def plan_prefill(rows: Sequence[PrefillInput], batch: int, tokens: int, width: int) -> PrefillPlan:
@@ -88,11 +100,14 @@ def plan_prefill(rows: Sequence[PrefillInput], batch: int, tokens: int, width: i
         np.zeros(batch, np.int32),
         np.zeros(batch, np.int32),
         np.zeros((batch, width), np.int32),
+        np.zeros(batch, np.int32),
+        np.zeros(batch, np.int32),
         SamplingRows.greedy(batch),
     )
     for r in rows:
         plan.tokens[r.row, : r.valid] = r.prompt[r.start : r.start + r.valid]
         plan.start[r.row], plan.valid[r.row] = r.start, r.valid
+        plan.read_slot[r.row], plan.write_slot[r.row] = r.read_slot, r.write_slot
         plan.table[r.row, : len(r.pages)] = r.pages
         plan.sampling.put(r.row, r.sampling)
     return plan
@@ -101,10 +116,14 @@ def plan_prefill(rows: Sequence[PrefillInput], batch: int, tokens: int, width: i
 def plan_decode(rows: Sequence[DecodeInput], batch: int, width: int) -> DecodePlan:
     """Lays rows into a bucket of `batch` rows; `width` is the block table's."""
     plan = DecodePlan(
-        np.zeros(batch, np.int32), np.zeros(batch, np.int32), np.zeros((batch, width), np.int32), SamplingRows.greedy(batch)
+        np.zeros(batch, np.int32),
+        np.zeros(batch, np.int32),
+        np.zeros((batch, width), np.int32),
+        np.zeros(batch, np.int32),
+        SamplingRows.greedy(batch),
     )
     for r in rows:
-        plan.token[r.row], plan.length[r.row] = r.token, r.length
+        plan.token[r.row], plan.length[r.row], plan.slot[r.row] = r.token, r.length, r.slot
         plan.table[r.row, : len(r.pages)] = r.pages
         plan.sampling.put(r.row, r.sampling)
     return plan
@@ -117,4 +136,16 @@ def plan_ingest(pages: np.ndarray, page_size: int, tokens: tuple[int, int], size
     plan = IngestPlan(np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32))
     plan.page[shard, : stop - start] = pages[positions // page_size]
     plan.offset[shard, : stop - start] = positions % page_size
+    return plan
+
+
+def plan_ring(slot: int, ring: int, tokens: tuple[int, int], size: int, shard: int, shards: int) -> IngestPlan:
+    """Addresses of absolute positions `tokens` in a slot's ring of `ring` tokens (1 for a state), padded to `size` with the dummy slot.
+
+    No more than `ring` positions: two of them would meet in one place.
+    """
+    start, stop = tokens
+    plan = IngestPlan(np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32))
+    plan.page[shard, : stop - start] = slot
+    plan.offset[shard, : stop - start] = np.arange(start, stop) % ring
     return plan

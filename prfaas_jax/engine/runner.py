@@ -1,4 +1,4 @@
-"""The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports new KV."""
+"""The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,31 +11,58 @@ from tqdm import tqdm
 
 from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.options import EngineOptions
-from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_ingest, plan_prefill
-from prfaas_jax.engine.steps import Drawn, StepGeometry, Steps
+from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_prefill, plan_ring
+from prfaas_jax.engine.steps import Drawn, Steps
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.pools import Pools, create_pools
+from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
-from prfaas_jax.kvcache.spec import cache_spec
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec, cache_spec
+from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
-from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation
+from prfaas_jax.models.layer_config import AttentionConfig
+from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation, supports
 from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_buckets
-from prfaas_jax.sharding import MeshSpec, make_mesh
+from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
 _CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
+# A state group's segments carry as many layers as fit in this, so that no receiver must stage it whole.
+_STATE_SEGMENT_BYTES = 8 << 20
 
-def choose_implementation(config: ModelConfig, options: EngineOptions, platform: str) -> str:
-    """The paged-attention implementation for this engine; what the platform's default is, and why, is logged."""
-    if options.paged_attention is not None:
-        if options.paged_attention not in IMPLEMENTATIONS:
-            raise InvalidInput("paged_attention", options.paged_attention, f"one of {IMPLEMENTATIONS}")
-        return options.paged_attention
-    group = config.num_heads // config.num_kv_heads
-    name, reason = default_implementation(platform, head_dim=config.head_dim, page_size=options.page_size, group=group)
-    logging.info("paged attention: %s (%s)", name, reason)
-    return name
+
+def choose_implementations(config: ModelConfig, options: EngineOptions, platform: str) -> tuple[str | None, ...]:
+    """The paged attention of each cache group, None for groups without one; what the platform's default is, and why, is logged.
+
+    Raises InvalidInput for an unknown name, or one that does not take the shapes of some group.
+    """
+    wanted = options.paged_attention
+    if wanted is not None and wanted not in IMPLEMENTATIONS:
+        raise InvalidInput("paged_attention", wanted, f"one of {IMPLEMENTATIONS}")
+    chosen: list[str | None] = []
+    for group in cache_spec(config).groups:
+        mixer = config.layers[group.layers[0]].mixer
+        if not isinstance(mixer, AttentionConfig) or mixer.window is not None:
+            chosen.append(None)
+            continue
+        heads = mixer.num_heads // mixer.num_kv_heads
+        shape = {"head_dim": mixer.head_dim, "value_dim": mixer.values, "page_size": options.page_size, "group": heads}
+        if wanted is None:
+            name, reason = default_implementation(platform, **shape)
+            logging.info("paged attention: %s (%s)", name, reason)
+            chosen.append(name)
+        elif reason_not := supports(wanted, **shape):
+            raise InvalidInput("paged_attention", wanted, f"another one for {config.name}: {reason_not}")
+        else:
+            chosen.append(wanted)
+    return tuple(chosen)
+
+
+def pool_geometry(spec: CacheSpec, options: EngineOptions, data: int) -> PoolGeometry:
+    """Sizes of the pools that `options` asks for on a mesh of `data` data shards."""
+    keeps_slots = any(g.cache.kind != "paged" for g in spec.groups)
+    slots = options.slots_per_shard(data) if keeps_slots else 0
+    return PoolGeometry(options.page_size, options.pages_per_shard(data), options.pages_per_request, slots)
 
 
 class Runner:
@@ -51,60 +78,116 @@ class Runner:
         self.shards = spec.data
         self.mesh = make_mesh(spec, devices)
         self.platform = self.mesh.devices.flat[0].platform
-        self.geometry = StepGeometry(options.page_size, options.pages_per_shard(spec.data), options.pages_per_request)
-        implementation = choose_implementation(config, options, self.platform)
-        self.steps = Steps(config, self.mesh, options.attention, self.geometry, implementation)
+        self.geometry = pool_geometry(self.spec, options, spec.data)
+        implementations = choose_implementations(config, options, self.platform)
+        self.steps = Steps(config, self.mesh, options.attention, self.geometry, implementations)
         self.prefill_buckets = prefill_buckets(options.chunk, max(options.max_prefill_rows, self.shards), self.shards)
         self.decode_buckets = decode_buckets(options.max_rows, self.shards)
         self.reset_pools()
         self._warm_count: int | None = None
 
+    @property
+    def _shard(self) -> Sharder:
+        return self.steps.sharders["decode"]
+
     def reset_pools(self) -> None:
         """Fresh pools: at start, and after a failed step whose donated buffers must not be used again."""
         self.pools: Pools = ()  # the old ones go first: there may be no room for both
-        self.pools = create_pools(self.spec, self.geometry.pages, self.geometry.page_size, self.shards, self.steps.pool_sharding)
+        self.pools = create_pools(self.spec, self.geometry, self._shard)
 
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 
-    def prefill(self, plan: PrefillPlan, export: bool = True) -> tuple[Drawn, Pools]:
-        """Runs a prefill step; returns what was drawn and the new (k, v) [L, B, T, K, H], on their way to the host if `export`."""
-        self.pools, drawn, kv = self.steps.prefill(self.params, self.pools, plan)
-        return drawn, self._to_host(kv) if export else kv
+    def prefill(self, plan: PrefillPlan, export: bool = True) -> tuple[Drawn, tuple[New, ...]]:
+        """Runs a prefill step; returns what was drawn and what is new per group, on its way to the host if `export`."""
+        self.pools, drawn, new = self.steps.prefill(self.params, self.pools, plan)
+        return drawn, self._to_host(new) if export else new
 
     def decode(self, plan: DecodePlan) -> Drawn:
         """Runs a decode step."""
         self.pools, drawn = self.steps.decode(self.params, self.pools, plan)
         return drawn
 
-    def ingest(self, tensor: int, block: np.ndarray, plan: IngestPlan) -> jax.Array:
-        """Scatters a received block [L, R, heads, width] of one tensor; `block` may be reused when the fence is ready."""
-        dtype = self.pools[tensor].dtype
-        pool, fence = self.steps.ingest(self.pools[tensor], block.view(dtype) if block.dtype != dtype else block, plan)
-        self.pools = tuple(pool if i == tensor else p for i, p in enumerate(self.pools))
+    def ingest_tokens(self, group: int) -> int:
+        """Tokens of one ingested block of a group: what `ingest` takes, padding included."""
+        cache = self.spec.groups[group].cache
+        match cache.kind:
+            case "paged":
+                return self.options.ingest_tokens
+            case "window":
+                assert cache.window is not None
+                return min(self.options.ingest_tokens, cache.window)
+            case "state":
+                return 1
+
+    def ingest_layers(self, group: int) -> int:
+        """Layers of one ingested block of a group: all, or one at a time for states, which are large."""
+        cached = self.spec.groups[group]
+        return 1 if cached.cache.kind == "state" else len(cached.layers)
+
+    def ingest(self, group: int, tensor: int, first_layer: int, block: np.ndarray, plan: IngestPlan) -> jax.Array:
+        """Scatters a received block [layers, tokens, heads, width] of one tensor, sized as `ingest_layers` and `ingest_tokens` say.
+
+        `block` may be reused when the returned fence is ready.
+        """
+        old = self.pools[group][tensor]
+        data = block.view(old.dtype) if block.dtype != old.dtype else block
+        pool, fence = self.steps.ingest(group, tensor)(old, data, plan, np.int32(first_layer))
+        tensors = tuple(pool if i == tensor else p for i, p in enumerate(self.pools[group]))
+        self.pools = tuple(tensors if g == group else p for g, p in enumerate(self.pools))
         return fence
 
-    def _to_host(self, kv: Pools) -> Pools:
+    def _to_host(self, new: tuple[New, ...]) -> tuple[New, ...]:
         """Starts the copy into pinned host memory where the device has its own; on CPU the arrays already are host memory."""
         if self.platform == "cpu":
-            return kv
-        return tuple(jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) for x in kv)
+            return new
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), new)
 
-    def export(self, kv: Pools, row: int, start: int, count: int) -> Iterator[Segment]:
-        """Segments of one row of an exported chunk, one per tensor and head slice; waits for the chunk's computation.
+    def export(self, new: tuple[New, ...], row: int, start: int, count: int, length: int) -> Iterator[Segment]:
+        """Segments of one row of an exported chunk; waits for the chunk's computation.
 
-        Only addressable shards are read. Payloads are contiguous `[layers, count, heads, width]`.
+        Args:
+            new: what `prefill` returned.
+            row: the row in the chunk.
+            start: the row's first position.
+            count: its tokens in this chunk.
+            length: tokens of the whole prompt: a window leaves only where the prompt's last tokens lie, a state only with the last chunk.
+
+        Only addressable shards are read. Payloads are contiguous `[layers, tokens, heads, width]`.
         """
-        for tensor, array in enumerate(kv):
-            seen = set()
-            for shard in array.addressable_shards:
-                _, rows, _, heads, _ = (s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True))
-                if not rows[0] <= row < rows[1] or heads in seen:
-                    continue  # another data shard's row, or a replica
-                seen.add(heads)
-                host = np.asarray(shard.data)[:, row - rows[0], :count]
-                payload = np.ascontiguousarray(host).view(_CARRIER[self.spec.groups[0].cache.tensors[tensor].dtype])
-                key = SegmentKey(0, tensor, (0, host.shape[0]), (start, start + count), heads)
-                yield Segment(key, payload.reshape(-1).data.cast("B"))
+        for g, (group, tensors) in enumerate(zip(self.spec.groups, new, strict=True)):
+            first, last = group.cache.kept(length)
+            tokens = (max(first, start), min(last, start + count))
+            if tokens[0] >= tokens[1]:
+                continue
+            for t, array in enumerate(tensors):
+                for payload, heads in self._slices(group.cache.tensors[t], array, row):
+                    if group.cache.kind == "state":
+                        yield from self._state_segments(g, t, heads, tokens, payload[:, None])
+                    else:
+                        kept = payload[:, tokens[0] - start : tokens[1] - start]
+                        yield _segment(SegmentKey(g, t, (0, kept.shape[0]), tokens, heads), group, kept)
+
+    def _slices(self, tensor: TensorSpec, array: jax.Array, row: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+        """One row's values [layers, (tokens,) heads, width] per head slice, without replicas and copies, and the heads that they are."""
+        copies = 1 if tensor.shared else self._shard.copies(tensor.heads)
+        seen = set()
+        for shard in array.addressable_shards:
+            bounds = [s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True)]
+            rows, placed = bounds[1], bounds[-2]
+            # In copies, every device holds one head.
+            heads = (placed[0], placed[1]) if copies == 1 else (placed[0] // copies, placed[0] // copies + 1)
+            if not rows[0] <= row < rows[1] or heads in seen:
+                continue  # another data shard's row, a replica or a copy
+            seen.add(heads)
+            yield np.asarray(shard.data)[:, row - rows[0]], heads
+
+    def _state_segments(
+        self, group: int, tensor: int, heads: tuple[int, int], tokens: tuple[int, int], values: np.ndarray
+    ) -> Iterator[Segment]:
+        step = max(1, _STATE_SEGMENT_BYTES // max(1, values[0].nbytes))
+        for layer in range(0, len(values), step):
+            part = values[layer : layer + step]
+            yield _segment(SegmentKey(group, tensor, (layer, layer + len(part)), tokens, heads), self.spec.groups[group], part)
 
     # --- warm-up -------------------------------------------------------------------------------------------------------------
 
@@ -124,12 +207,18 @@ class Runner:
         self._warm_count = compile_count()
 
     def _warm_ingest(self) -> None:
-        size = self.options.ingest_tokens
-        plan = plan_ingest(np.zeros(1, np.int32), self.geometry.page_size, (0, 0), size, 0, self.shards)
-        for tensor, t in enumerate(self.spec.groups[0].cache.tensors):
-            block = np.zeros((self.config.num_layers, size, t.heads, t.width), _CARRIER[t.dtype])
-            jax.block_until_ready(self.ingest(tensor, block, plan))
+        for g, group in enumerate(self.spec.groups):
+            size = self.ingest_tokens(g)
+            plan = plan_ring(0, 1, (0, 0), size, 0, self.shards)
+            for tensor, t in enumerate(group.cache.tensors):
+                block = np.zeros((self.ingest_layers(g), size, t.heads, t.width), _CARRIER[t.dtype])
+                jax.block_until_ready(self.ingest(g, tensor, 0, block, plan))
 
     def compiles_after_warmup(self) -> int:
         """XLA compilations in this process since `warmup` ended; 0 before it."""
         return 0 if self._warm_count is None else compile_count() - self._warm_count
+
+
+def _segment(key: SegmentKey, group: CacheGroup, values: np.ndarray) -> Segment:
+    carrier = _CARRIER[group.cache.tensors[key.tensor].dtype]
+    return Segment(key, np.ascontiguousarray(values).view(carrier).reshape(-1).data.cast("B"))

@@ -1,10 +1,9 @@
 """The jitted programs: prefill step, decode step, ingest of received KV. Pure functions of (params, pools, plan).
 
-Inside a step the pools are read-only; one scatter after the layer scan writes the new tokens into the donated pools, and those
-same new arrays are what prefill exports. Only where a kernel must find the current token in the pool do the pools ride in the carry.
+Inside a step the pools are read-only; after the layers one scatter per tensor writes what is new into the donated pools, and those same
+new arrays are what prefill exports. See engine/caches.py for what happens in between.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,21 +14,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from prfaas_jax.engine.caches import DecodeCache, PrefillCache
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, SamplingRows
 from prfaas_jax.engine.sampling import sample
-from prfaas_jax.kvcache.pools import Pools
+from prfaas_jax.kvcache.pools import PoolGeometry, Pools, heads_axis, pool_axes, pool_shardings
+from prfaas_jax.kvcache.spec import CacheGroup, TensorSpec, cache_spec
 from prfaas_jax.models import params as model_params
+from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
-from prfaas_jax.ops.paged_attention import needs_current_in_pool, paged_attention
+from prfaas_jax.models.transformer import island
 from prfaas_jax.ops.pool_write import write_tokens
-from prfaas_jax.ops.prefill_attention import prefill_attention
 from prfaas_jax.sharding import AttentionSharding, Mode, Sharder
-
-POOL_AXES = ("kv_heads", "pages", None, None)
-KV_AXES = (None, "batch", None, "kv_heads", None)
-
-# Scope of what runs on each device by itself: attention and pool writes.
-ISLAND = "island"
 
 
 class Drawn(NamedTuple):
@@ -40,34 +35,40 @@ class Drawn(NamedTuple):
     logits: Float[Array, "B V"]
 
 
-@dataclasses.dataclass(frozen=True)
-class StepGeometry:
-    """Static shape of the pools that steps run over; `pages` is per layer and data shard."""
-
-    page_size: int
-    pages: int
-    width: int
+def new_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
+    """Logical axes of what a step adds to a tensor: tokens [L, B, T, heads, width], or a state [L, B, heads, width]."""
+    if group.cache.kind == "state":
+        return (None, "batch", heads_axis(tensor), None)
+    return (None, "batch", None, heads_axis(tensor), None)
 
 
 class Steps:
-    """Builds the programs of one model on one mesh."""
+    """Builds the programs of one model on one mesh.
+
+    `implementations` names the paged attention of each cache group, None where a group has none.
+    """
 
     def __init__(
-        self, config: ModelConfig, mesh: jax.sharding.Mesh, attention: AttentionSharding, geometry: StepGeometry, implementation: str
+        self,
+        config: ModelConfig,
+        mesh: jax.sharding.Mesh,
+        attention: AttentionSharding,
+        geometry: PoolGeometry,
+        implementations: tuple[str | None, ...],
     ):
-        self.config, self.geometry, self.implementation = config, geometry, implementation
+        self.config, self.geometry, self.implementations = config, geometry, implementations
+        self.spec = cache_spec(config)
         self.sharders: dict[Mode, Sharder] = {mode: Sharder(mesh, mode, attention) for mode in ("prefill", "decode")}
         self.graph, self.abstract_params = model_params.abstract(config)
-        self.scale = config.head_dim**-0.5
         # TF32 and bf16 passes would break the float32 promises; bfloat16 models take the platform's fast path.
         self.precision = "highest" if config.dtype == "float32" else "default"
 
     # --- shardings ---------------------------------------------------------------------------------------------------------
 
     @property
-    def pool_sharding(self) -> NamedSharding:
-        """Of every pool; prefill and decode read it alike."""
-        return self.sharders["decode"](*POOL_AXES)
+    def pool_shardings(self) -> tuple[tuple[NamedSharding, ...], ...]:
+        """Of every pool; prefill and decode read them alike."""
+        return pool_shardings(self.spec, self.sharders["decode"])
 
     @property
     def params_shardings(self) -> nnx.State:
@@ -79,8 +80,6 @@ class Steps:
         return row, wide, SamplingRows(row, row, row, row)
 
     def _jit(self, fn: Callable, plan_shardings: Any, out_shardings: Any) -> Callable:
-        pools = (self.pool_sharding,) * 2
-
         def traced(params: nnx.State, pools: Pools, plan: Any) -> Any:
             with jax.default_matmul_precision(self.precision):
                 return fn(params, pools, plan)
@@ -89,66 +88,34 @@ class Steps:
         return jax.jit(
             traced,
             donate_argnums=(1,),
-            in_shardings=(self.params_shardings, pools, plan_shardings),
-            out_shardings=(pools, *out_shardings),
+            in_shardings=(self.params_shardings, self.pool_shardings, plan_shardings),
+            out_shardings=(self.pool_shardings, *out_shardings),
         )
 
     def _drawn(self, shard: Sharder) -> Drawn:
         """Shardings in the shape of a Drawn: a plain tuple would not match the tree that the step returns."""
         return Drawn._make((shard(None), shard(None), shard("batch", "vocab")))
 
-    def _island(self, shard: Sharder, fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
-        """`fn` on each device's own shard, axes given by logical names; attention and scatters never communicate."""
-        specs = tuple(shard.spec(*axes) for axes in in_axes)
-        # The name marks its operations in profiles and compiled programs.
-        named = jax.named_scope(ISLAND)(fn)
-        return jax.shard_map(named, mesh=shard.mesh, in_specs=specs, out_specs=shard.spec(*out_axes), check_vma=False)
-
     # --- prefill -------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def prefill(self) -> Callable[[nnx.State, Pools, PrefillPlan], tuple[Pools, Drawn, Pools]]:
-        """(params, pools, plan) -> (pools, drawn, (k, v) of the chunk as [L, B, T, K, H]). Pools are donated."""
+    def prefill(self) -> Callable[[nnx.State, Pools, PrefillPlan], tuple[Pools, Drawn, tuple[New, ...]]]:
+        """(params, pools, plan) -> (pools, drawn, what the chunk added per group, see `new_axes`). Pools are donated."""
         shard = self.sharders["prefill"]
         row, wide, sampling = self._rows(shard)
-        kv = (shard(*KV_AXES),) * 2
-        return self._jit(self._prefill, PrefillPlan(wide, row, row, wide, sampling), (self._drawn(shard), kv))
+        new = tuple(tuple(shard(*new_axes(group, t)) for t in group.cache.tensors) for group in self.spec.groups)
+        return self._jit(self._prefill, PrefillPlan(wide, row, row, wide, row, row, sampling), (self._drawn(shard), new))
 
-    def _prefill(self, params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[Pools, Drawn, Pools]:
-        shard, geometry = self.sharders["prefill"], self.geometry
+    def _prefill(self, params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[Pools, Drawn, tuple[New, ...]]:
+        shard = self.sharders["prefill"]
         model = nnx.merge(self.graph, params)
         positions = plan.start[:, None] + jnp.arange(plan.tokens.shape[1])
-        op = functools.partial(prefill_attention, pages_per_layer=geometry.pages, scale=self.scale)
-        heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-        axes = (heads, kv_heads, kv_heads, POOL_AXES, POOL_AXES, ("batch", None), ("batch",), ())
-        island = self._island(shard, op, axes, heads)
-
-        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, carry: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-            return island(q, k, v, *pools, plan.table, plan.start, layer), carry
-
-        hidden, _, kv = model(plan.tokens, positions, attend, (), shard)
-        pools = self._write(shard, pools, kv, plan.table, plan.start, plan.valid)
+        cache = PrefillCache(self.spec, self.geometry, shard, pools, plan)
+        hidden, _, new = model(plan.tokens, positions, cache, (), shard)
         last = jnp.maximum(plan.valid - 1, 0)[:, None, None]
         logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
         token, logprob = sample(logits, plan.sampling, plan.start + plan.valid)
-        return pools, Drawn(token, logprob, logits), kv
-
-    def _write(self, shard: Sharder, pools: Pools, new: Pools, table: jax.Array, start: jax.Array, count: jax.Array) -> Pools:
-        """Scatters [L, B, T, K, H] at positions [start, start + count) of each row; the rest goes to the dummy page."""
-        page_size = self.geometry.page_size
-
-        def local(pool: jax.Array, new: jax.Array, table: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-            layers, batch, tokens, *rest = new.shape
-            step = jnp.arange(tokens)
-            position = start[:, None] + step
-            page = jnp.take_along_axis(table, position // page_size, axis=1, mode="clip")
-            page = jnp.where(step < count[:, None], page, 0)
-            flat = new.reshape(layers, batch * tokens, *rest)
-            return write_tokens(pool, flat, page.ravel(), (position % page_size).ravel(), pages_per_layer=self.geometry.pages)
-
-        axes = (POOL_AXES, KV_AXES, ("batch", None), ("batch",), ("batch",))
-        island = self._island(shard, local, axes, POOL_AXES)
-        return tuple(island(pool, x, table, start, count) for pool, x in zip(pools, new, strict=True))
+        return cache.write(new), Drawn(token, logprob, logits), new
 
     # --- decode --------------------------------------------------------------------------------------------------------------
 
@@ -157,66 +124,45 @@ class Steps:
         """(params, pools, plan) -> (pools, drawn). Pools are donated."""
         shard = self.sharders["decode"]
         row, wide, sampling = self._rows(shard)
-        return self._jit(self._decode, DecodePlan(row, row, wide, sampling), (self._drawn(shard),))
+        return self._jit(self._decode, DecodePlan(row, row, wide, row, sampling), (self._drawn(shard),))
 
     def _decode(self, params: nnx.State, pools: Pools, plan: DecodePlan) -> tuple[Pools, Drawn]:
-        shard, geometry = self.sharders["decode"], self.geometry
+        shard = self.sharders["decode"]
         model = nnx.merge(self.graph, params)
-        in_pool = needs_current_in_pool(self.implementation)
-        op = functools.partial(
-            paged_attention, pages_per_layer=geometry.pages, scale=self.scale, implementation=self.implementation
-        )
-        heads, kv_heads = ("batch", "heads", None), ("batch", "kv_heads", None)
-        axes = (heads, kv_heads, kv_heads, POOL_AXES, POOL_AXES, ("batch", None), ("batch",), ())
-        island = self._island(shard, op, axes, heads)
-
-        def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, carry: Pools) -> tuple[jax.Array, Pools]:
-            if in_pool:
-                carry = self._write_layer(shard, carry, (k, v), plan.table, plan.length, layer)
-            o = island(q[:, 0], k[:, 0], v[:, 0], *(carry if in_pool else pools), plan.table, plan.length, layer)
-            return o[:, None], carry
-
-        hidden, carried, kv = model(plan.token[:, None], plan.length[:, None], attend, pools if in_pool else (), shard)
-        one = (plan.length > 0).astype(jnp.int32)
-        pools = carried if in_pool else self._write(shard, pools, kv, plan.table, plan.length, one)
+        cache = DecodeCache(self.spec, self.geometry, shard, pools, plan, self.implementations)
+        hidden, carry, new = model(plan.token[:, None], plan.length[:, None], cache, cache.carried(), shard)
         logits = model.logits(hidden[:, 0])
         token, logprob = sample(logits, plan.sampling, plan.length + 1)
-        return pools, Drawn(token, logprob, logits)
-
-    def _write_layer(self, shard: Sharder, pools: Pools, new: Pools, table: jax.Array, length: jax.Array, layer: jax.Array) -> Pools:
-        """Scatters one layer's [B, 1, K, H] at position `length` of each row; padded rows hit the dummy page."""
-        page_size, pages = self.geometry.page_size, self.geometry.pages
-
-        def local(pool: jax.Array, new: jax.Array, table: jax.Array, length: jax.Array, layer: jax.Array) -> jax.Array:
-            page = jnp.take_along_axis(table, (length // page_size)[:, None], axis=1, mode="clip")[:, 0]
-            page = jnp.where(length > 0, page, 0)
-            one_layer = new[:, 0][None]
-            return write_tokens(pool, one_layer, page, length % page_size, pages_per_layer=pages, first_layer=layer)
-
-        axes = (POOL_AXES, ("batch", None, "kv_heads", None), ("batch", None), ("batch",), ())
-        island = self._island(shard, local, axes, POOL_AXES)
-        return tuple(island(pool, x, table, length, layer) for pool, x in zip(pools, new, strict=True))
+        return cache.write(new, carry), Drawn(token, logprob, logits)
 
     # --- ingest --------------------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def ingest(self) -> Callable[[jax.Array, Any, IngestPlan], tuple[jax.Array, jax.Array]]:
-        """(pool, block [L, R, heads, width], plan) -> (pool, fence). The pool is donated; a ready fence means the block was read."""
-        shard = self.sharders["decode"]
-        block, address = shard(None, None, "kv_heads", None), shard("pages", None)
+    @functools.cache  # noqa: B019 - one Steps per engine, a handful of tensors
+    def ingest(self, group: int, tensor: int) -> Callable[[jax.Array, Any, IngestPlan, Any], tuple[jax.Array, jax.Array]]:
+        """(pool, block [Lb, R, heads, width], plan, first layer of the block) -> (pool, fence), for one tensor.
 
-        def local(pool: jax.Array, block: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-            return write_tokens(pool, block, page[0], offset[0], pages_per_layer=self.geometry.pages)
+        The pool is donated; a ready fence means the block was read.
+        """
+        shard, cached = self.sharders["decode"], self.spec.groups[group]
+        spec = cached.cache.tensors[tensor]
+        axis = None if spec.shared else f"{heads_axis(spec)}/{spec.heads}"
+        block, address, scalar = shard(None, None, axis, None), shard("pages", None), NamedSharding(shard.mesh, PartitionSpec())
+        per_layer = self.geometry.per_layer(cached)
 
-        axes = (POOL_AXES, (None, None, "kv_heads", None), ("pages", None), ("pages", None))
-        island = self._island(shard, local, axes, POOL_AXES)
+        def local(pool: jax.Array, block: jax.Array, page: jax.Array, offset: jax.Array, first: jax.Array) -> jax.Array:
+            return write_tokens(pool, block, page[0], offset[0], pages_per_layer=per_layer, first_layer=first)
 
-        def ingest(pool: jax.Array, block: jax.Array, plan: IngestPlan) -> tuple[jax.Array, jax.Array]:
-            return island(pool, block, plan.page, plan.offset), plan.page[0, 0] + 0
+        axes = (pool_axes(spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
+        run = island(shard)(local, axes, pool_axes(spec))
 
+        def ingest(pool: jax.Array, block: jax.Array, plan: IngestPlan, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+            placed = block if spec.shared else shard.spread(block, spec.heads, axis=2)
+            return run(pool, placed, plan.page, plan.offset, first), plan.page[0, 0] + 0
+
+        pool = self.pool_shardings[group][tensor]
         return jax.jit(
             ingest,
             donate_argnums=(0,),
-            in_shardings=(self.pool_sharding, block, IngestPlan(address, address)),
-            out_shardings=(self.pool_sharding, NamedSharding(shard.mesh, PartitionSpec())),
+            in_shardings=(pool, block, IngestPlan(address, address), scalar),
+            out_shardings=(pool, scalar),
         )

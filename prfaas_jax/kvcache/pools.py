@@ -1,30 +1,97 @@
-"""Device pools of a paged cache: one array per tensor, layers folded into the page axis.
+"""Device pools: one array per cached tensor, all in one layout, layers folded into the page axis.
 
-`[heads, shards * layers * pages, page_size, width]`: each data shard owns one run of `layers * pages` pages, and inside it
-`page_id = layer * pages + p`. Page 0 of every layer is a dummy that padded rows may write.
+`[heads, shards * layers * P, page_size, width]`: each data shard owns one run of `layers * P` pages, and inside it
+`page_id = layer * P + p`. What a page is follows the group's kind:
+
+    paged    P pages of `page_size` tokens; a request holds a table of them
+    window   P slots, each a ring of `window` tokens: position p lies at offset p % window
+    state    P slots of one "token", the state
+
+Page 0 and slot 0 of every layer are dummies that padded rows may write.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.spec import CacheSpec
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec
+from prfaas_jax.sharding import Sharder
 
-Pools = tuple[jax.Array, ...]
-
-
-def pool_shapes(spec: CacheSpec, pages: int, page_size: int, shards: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Abstract pools of the model's one paged group, in the order of its tensors."""
-    if len(spec.groups) != 1 or spec.groups[0].cache.kind != "paged":
-        raise InvalidInput("cache groups", [g.cache.kind for g in spec.groups], "exactly one paged group")
-    (group,) = spec.groups
-    total = shards * len(group.layers) * pages
-    return tuple(jax.ShapeDtypeStruct((t.heads, total, page_size, t.width), jnp.dtype(t.dtype)) for t in group.cache.tensors)
+# Per group, one array per tensor.
+Pools = tuple[tuple[jax.Array, ...], ...]
 
 
-def create_pools(spec: CacheSpec, pages: int, page_size: int, shards: int, sharding: NamedSharding) -> Pools:
+@dataclasses.dataclass(frozen=True)
+class PoolGeometry:
+    """Static sizes of the pools, per layer and data shard.
+
+    Attributes:
+        page_size: tokens per page.
+        pages: pages, the dummy included.
+        width: pages of the longest request: entries of a block-table row.
+        slots: slots of windows and states, the dummy included.
+    """
+
+    page_size: int
+    pages: int
+    width: int
+    slots: int
+
+    def per_layer(self, group: CacheGroup) -> int:
+        """P of the layout: pages or slots per layer and data shard."""
+        return self.pages if group.cache.kind == "paged" else self.slots
+
+    def page_tokens(self, group: CacheGroup) -> int:
+        """Tokens per page, ring or state."""
+        match group.cache.kind:
+            case "paged":
+                return self.page_size
+            case "window":
+                assert group.cache.window is not None
+                return group.cache.window
+            case "state":
+                return 1
+
+
+def placed_heads(tensor: TensorSpec, shard: Sharder) -> int:
+    """Heads as a pool holds them: fewer than the devices that share them come in copies, one per device."""
+    return tensor.heads if tensor.shared else tensor.heads * shard.copies(tensor.heads)
+
+
+def heads_axis(tensor: TensorSpec) -> str | None:
+    """Logical axis of a pool's heads."""
+    return None if tensor.shared else "kv_heads"
+
+
+def pool_axes(tensor: TensorSpec) -> tuple[str | None, ...]:
+    """Logical axes of a tensor's pool."""
+    return (heads_axis(tensor), "pages", None, None)
+
+
+def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
+    """Abstract pools, in the order of groups and tensors."""
+    data = shard.size("pages")
+    return tuple(
+        tuple(
+            jax.ShapeDtypeStruct(
+                (placed_heads(t, shard), data * len(group.layers) * geometry.per_layer(group), geometry.page_tokens(group), t.width),
+                jnp.dtype(t.dtype),
+            )
+            for t in group.cache.tensors
+        )
+        for group in spec.groups
+    )
+
+
+def pool_shardings(spec: CacheSpec, shard: Sharder) -> tuple[tuple[NamedSharding, ...], ...]:
+    """Of every pool, in the order of groups and tensors; prefill and decode read them alike."""
+    return tuple(tuple(shard(*pool_axes(t)) for t in group.cache.tensors) for group in spec.groups)
+
+
+def create_pools(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> Pools:
     """Zeroed pools, allocated on the mesh."""
-    shapes = pool_shapes(spec, pages, page_size, shards)
-    make = jax.jit(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), out_shardings=(sharding,) * len(shapes))
+    shapes = pool_shapes(spec, geometry, shard)
+    make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=pool_shardings(spec, shard))
     return make()

@@ -72,8 +72,9 @@ def save(
     path = Path(path).absolute()
     arrays = _arrays(params) if isinstance(params, nnx.State) else params
     check_flat(config, arrays)
-    if other := {n: str(a.dtype) for n, a in arrays.items() if str(a.dtype) != config.dtype}:
-        raise InvalidInput("checkpoint tensor dtypes", other, f"{config.dtype}, as in the model config")
+    leaves = flat_names(abstract(config)[1])
+    if other := {n: str(a.dtype) for n, a in arrays.items() if str(a.dtype) != str(leaves[n].dtype)}:
+        raise InvalidInput("checkpoint tensor dtypes", other, f"{config.dtype}, as in the model config (decay and bias terms float32)")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidInput("checkpoint", str(path), "a new or empty directory to save into")
     if eos_ids is None:

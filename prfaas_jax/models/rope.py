@@ -1,17 +1,18 @@
 """Rotary position embeddings, half-rotation convention (Hugging Face Llama and Qwen)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.models.config import ModelConfig, RopeScaling
+from prfaas_jax.models.layer_config import Rope, RopeScaling
+
+Tables = tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequency of each rotated pair, float32 [head_dim / 2], scaled as `config.rope_scaling` says."""
-    freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    match config.rope_scaling:
+def inverse_frequencies(rope: Rope, dims: int) -> np.ndarray:
+    """Angular frequency of each rotated pair, float32 [dims / 2], scaled as `rope.scaling` says."""
+    freqs = rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+    match rope.scaling:
         case None:
             pass
         case RopeScaling(kind="linear", factor=factor):
@@ -28,14 +29,18 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return freqs.astype(np.float32)
 
 
-def rope_tables(positions: Int[Array, "B T"], config: ModelConfig) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
-    """Cosines and sines of the rotation angles, float32, broadcastable over heads."""
-    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies(config)
+def rope_tables(positions: Int[Array, "B T"], rope: Rope, dims: int) -> Tables:
+    """Cosines and sines of the rotation angles of `dims` elements, float32, broadcastable over heads."""
+    angles = positions.astype(jnp.float32)[..., None, None] * inverse_frequencies(rope, dims)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T N H"], tables: tuple[jax.Array, jax.Array]) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) in float32; returns x's dtype."""
+def rotate(x: Float[Array, "B T N H"], tables: Tables) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (x[i], x[i + R]) of the first 2 R elements, R being the tables' width, in float32; returns x's dtype."""
     cos, sin = tables
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    dims = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :dims].astype(jnp.float32), 2, axis=-1)
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    if dims < x.shape[-1]:
+        parts.append(x[..., dims:].astype(jnp.float32))
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)

@@ -1,6 +1,7 @@
 """Teacher-forced scoring of whole token sequences with dense causal attention: perplexity, and the oracle of the paged engine."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,83 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.spec import CacheSpec, cache_spec
+from prfaas_jax.models.caching import New, Place
 from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig
 from prfaas_jax.models.params import abstract
 from prfaas_jax.sharding import Sharder
 
 
-def dense_attend(
-    layer: jax.Array, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], carry: None
-) -> tuple[Float[Array, "B T N H"], None]:
-    """Causal attention over the sequence itself, softmax in float32; the [T, T] scores are materialised."""
-    del layer
+class WholeSequence:
+    """The `Cache` of a forward pass that starts at position 0 and keeps nothing: attention in its dense form, states from zero."""
+
+    decoding = False
+
+    def __init__(self, spec: CacheSpec, tokens: Int[Array, "B T"], shard: Sharder):
+        self.spec, self.shard = spec, shard
+        self.valid = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+
+    def attend(
+        self,
+        place: Place,
+        config: AttentionConfig,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K Hv"],
+        sinks: Float[Array, " N"] | None,
+        carry: Any,
+    ) -> tuple[Float[Array, "B T N Hv"], Any]:
+        """See `Cache.attend`."""
+        del place
+        return _dense_attention(q, k, v, config.softmax_scale, config.window, sinks), carry
+
+    def attend_latent(
+        self,
+        place: Place,
+        config: LatentConfig,
+        q_nope: Float[Array, "B T N Hn"],
+        q_rope: Float[Array, "B T N Hr"],
+        latent: Float[Array, "B T C"],
+        k_up: Float[Array, "N Hn R"],
+        v_up: Float[Array, "N Hv R"],
+    ) -> Float[Array, "B T N Hv"]:
+        """See `Cache.attend_latent`."""
+        del place
+        c, k_rope = latent[..., : config.kv_lora_rank], latent[..., config.kv_lora_rank :]
+        k_nope, v = jnp.einsum("btr,nhr->btnh", c, k_up), jnp.einsum("btr,nhr->btnh", c, v_up)
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.rope_dim))
+        q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, k_rope], -1)
+        return _dense_attention(q, k, v, config.softmax_scale)
+
+    def states(self, place: Place) -> New:
+        """See `Cache.states`."""
+        batch, tensors = self.valid.shape[0], self.spec.groups[place.group].cache.tensors
+        heads = lambda t: t.heads * self.shard.copies(t.heads)  # noqa: E731
+        return tuple(jnp.zeros((batch, heads(t), t.width), jnp.dtype(t.dtype)) for t in tensors)
+
+
+def _dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    scale: float,
+    window: int | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N Hv"]:
+    """Causal attention of a sequence over itself, softmax in float32; the [T, T] scores are materialised."""
     batch, length, heads, dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * dim**-0.5
-    visible = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), carry
+    group = heads // k.shape[2]
+    grouped = q.reshape(batch, length, k.shape[2], group, dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    behind = jnp.arange(length)[:, None] - jnp.arange(length)
+    visible = (behind >= 0) & (behind <= (length if window is None else window))
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.reshape(1, -1, group, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, v.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -32,7 +94,7 @@ def forward_logits(config: ModelConfig, params: nnx.State, tokens: Int[Array, "B
     """Logits of the token after every position, float32, each sequence starting at position 0."""
     model = nnx.merge(abstract(config)[0], params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _, _ = model(tokens, positions, dense_attend, None, shard)
+    hidden, _, _ = model(tokens, positions, WholeSequence(cache_spec(config), tokens, shard), None, shard)
     return model.logits(hidden)
 
 

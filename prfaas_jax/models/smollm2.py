@@ -11,10 +11,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from prfaas_jax.errors import PrfaasError
+from prfaas_jax.errors import InvalidInput, PrfaasError
 from prfaas_jax.models.checkpoint import save
 from prfaas_jax.models.gguf import GgufFile
-from prfaas_jax.models.source import MANIFEST
+from prfaas_jax.models.source import MANIFEST, read_manifest
 from prfaas_jax.models.tokenizer import Tokenizer
 
 NAME = "smollm2_135m"
@@ -45,7 +45,7 @@ def fetch(cache: Path | str | None = None, progress: bool = True) -> Path:
     """
     root = Path(cache) if cache is not None else cache_dir()
     target = root / NAME
-    if (target / MANIFEST).exists():
+    if _is_current(target):
         return target
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=root) as work:
@@ -53,13 +53,26 @@ def fetch(cache: Path | str | None = None, progress: bool = True) -> Path:
         file = GgufFile(gguf)
         config = file.config()
         save(Path(work) / "checkpoint", config, file.weights(config, progress), Tokenizer.from_gguf(file))
+        if target.exists() and not _is_current(target):
+            target.rename(Path(work) / "outdated")
         try:
             (Path(work) / "checkpoint").rename(target)
         except OSError:
             # Another process was faster: its checkpoint is as good.
-            if not (target / MANIFEST).exists():
+            if not _is_current(target):
                 raise
     return target
+
+
+def _is_current(target: Path) -> bool:
+    """Whether a finished checkpoint of this version lies there."""
+    if not (target / MANIFEST).exists():
+        return False
+    try:
+        read_manifest(target)
+    except InvalidInput:
+        return False
+    return True
 
 
 def _download(work: Path, progress: bool) -> Path:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Written last by checkpoint.save: a directory without it is not a checkpoint.
 MANIFEST = "prfaas_checkpoint.json"
 
+# Grows when parameter names or the form of the config change; older saves must be converted again.
+FORMAT = 2
+
 # Resolves the <config> of "random:<config>"; configs lie above models in the house, so the caller brings it.
 RandomConfig = Callable[[str], ModelConfig]
 
@@ -46,13 +49,15 @@ class Manifest:
 
     def to_json(self) -> str:
         """Text of the manifest file; `read_manifest` reads it back."""
-        fields = {"model": self.config.to_dict(), "weights_digest": self.weights_digest, "eos_ids": list(self.eos_ids)}
+        fields = {"format": FORMAT, "model": self.config.to_dict(), "weights_digest": self.weights_digest, "eos_ids": list(self.eos_ids)}
         return json.dumps(fields, indent=2) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a saved directory; raises InvalidInput when it is damaged."""
     fields = read_json(directory / MANIFEST)
+    if (found := fields.get("format", 1)) != FORMAT:
+        raise InvalidInput("checkpoint format", found, f"{FORMAT}: {directory} was saved by another version, convert it again")
     try:
         return Manifest(ModelConfig.from_dict(fields["model"]), fields["weights_digest"], tuple(fields["eos_ids"]))
     except (KeyError, TypeError) as e:

@@ -1,161 +1,198 @@
-"""The dense decoder-only transformer (Llama and Qwen3 families) as Flax NNX modules.
+"""The decoder-only transformer as Flax NNX modules: embedding, a pattern of layers, final norm and output head.
 
-Weights of all layers are stacked on a leading axis and the layers run as one `lax.scan`. Weight matrices keep the Hugging Face
-layout [out, in]. The model does not know where keys and values live: attention over the cache is the caller's `attend`.
+The layers run as (head, body x repeats, tail): weights of the body are stacked over its repeats and run as one `lax.scan`, so compile
+time follows the pattern and not the depth. Weight matrices keep the Hugging Face layout [out, in]. The model does not know where keys,
+latents and states live: that is the business of the `Cache` that it is given.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from prfaas_jax.kvcache.spec import cache_spec
+from prfaas_jax.models.caching import Cache, New, Place, Step
 from prfaas_jax.models.config import ModelConfig
-from prfaas_jax.models.rope import rope_tables, rotate
+from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig, Layer, LightningConfig, Rope
+from prfaas_jax.models.mixers import make_mixer
+from prfaas_jax.models.mlp import make_mlp
+from prfaas_jax.models.modules import Maker, RMSNorm
+from prfaas_jax.models.rope import Tables, rope_tables
 from prfaas_jax.ops.thin_matmul import matmul_transposed
 from prfaas_jax.sharding import Sharder
 
-Carry = TypeVar("Carry")
-# (layer, q [B T N H], k [B T K H], v [B T K H], carry) -> (o [B T N H], carry)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Carry], tuple[jax.Array, Carry]]
+# Scope of what runs on each device by itself: attention, recurrences and pool writes.
+ISLAND = "island"
 
 
-def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str, init: Callable[..., jax.Array] | None = None
-) -> nnx.Param:
-    """Declares one parameter: shape, dtype, logical axes (sharding.TABLE) and initializer, all in one place."""
-    assert len(shape) == len(axes), (shape, axes)
-    init = init or nnx.initializers.normal(0.02)
-    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+def island(shard: Sharder) -> Callable[[Callable, tuple, Any], Callable]:
+    """`(fn, in_axes, out_axes) -> fn on each device's own shard`, axes given by logical names; its operations are named in profiles."""
 
+    def spec(axes: Any) -> Any:
+        if axes is None or (isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes)):
+            return shard.spec(*(axes or ()))
+        return tuple(spec(a) for a in axes)
 
-class Linear(nnx.Module):
-    """`y = x W^T + b`, W stacked over layers as [L, out, in]; `axes` names (out, in)."""
+    def run(fn: Callable, in_axes: tuple, out_axes: Any) -> Callable:
+        named = jax.named_scope(ISLAND)(fn)
+        return jax.shard_map(named, mesh=shard.mesh, in_specs=spec((*in_axes,)), out_specs=spec(out_axes), check_vma=False)
 
-    def __init__(self, config: ModelConfig, out: int, inp: int, axes: tuple[str, str], rngs: nnx.Rngs, bias: bool = False):
-        layers = config.num_layers
-        self.weight = weight(rngs, (layers, out, inp), ("layers", *axes), config.dtype)
-        self.bias = weight(rngs, (layers, out), ("layers", axes[0]), config.dtype, nnx.initializers.zeros) if bias else None
-
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """Projects the last axis."""
-        y = matmul_transposed(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32; stacked over layers when `layers` is given."""
-
-    def __init__(self, config: ModelConfig, size: int, axis: str, rngs: nnx.Rngs, layers: int | None = None):
-        shape, axes = ((size,), (axis,)) if layers is None else ((layers, size), ("layers", axis))
-        self.weight = weight(rngs, shape, axes, config.dtype, nnx.initializers.ones)
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis; returns x's dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (self.weight[...] * wide.astype(x.dtype)).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention: projections, optional q/k norm, rotary embedding; `attend` does the rest."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, h = config.hidden_size, config.head_dim
-        self.config = config
-        self.q_proj = Linear(config, config.num_heads * h, d, ("heads", "embed"), rngs, config.attention_bias)
-        self.k_proj = Linear(config, config.num_kv_heads * h, d, ("kv_heads", "embed"), rngs, config.attention_bias)
-        self.v_proj = Linear(config, config.num_kv_heads * h, d, ("kv_heads", "embed"), rngs, config.attention_bias)
-        self.o_proj = Linear(config, d, config.num_heads * h, ("embed", "heads"), rngs)
-        self.q_norm = RMSNorm(config, h, "head_dim", rngs, config.num_layers) if config.qk_norm else None
-        self.k_norm = RMSNorm(config, h, "head_dim", rngs, config.num_layers) if config.qk_norm else None
-
-    def project(
-        self, x: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], shard: Sharder
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """q, k, v as they are attended and cached: after norm and rotation."""
-        batch, length, _ = x.shape
-        heads = lambda y: y.reshape(batch, length, -1, self.config.head_dim)  # noqa: E731
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = shard.constrain(rotate(q, rope), "batch", None, "heads", None)
-        k = shard.constrain(rotate(k, rope), "batch", None, "kv_heads", None)
-        return q, k, shard.constrain(v, "batch", None, "kv_heads", None)
-
-
-class MLP(nnx.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(config, f, d, ("mlp", "embed"), rngs)
-        self.up_proj = Linear(config, f, d, ("mlp", "embed"), rngs)
-        self.down_proj = Linear(config, d, f, ("embed", "mlp"), rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """down(silu(gate x) * up x)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    return run
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer; its weights are those of all layers until the scan slices them."""
+    """One pre-norm layer; inside the body its weights are those of all repeats until the scan slices them."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config, config.hidden_size, "embed", rngs, config.num_layers)
-        self.attention = Attention(config, rngs)
-        self.post_attention_norm = RMSNorm(config, config.hidden_size, "embed", rngs, config.num_layers)
-        self.mlp = MLP(config, rngs)
+    def __init__(self, layer: Layer, make: Maker):
+        config = make.config
+        self.layer, self.normalized_residual = layer, config.normalized_residual
+        norm = lambda: RMSNorm(make, config.hidden_size, "embed", config.norm_offset)  # noqa: E731
+        self.mixer_norm, self.mixer = norm(), make_mixer(layer.mixer, make)
+        self.mlp_norm, self.mlp = norm(), make_mlp(layer.mlp, make)
+        self.mixer_post_norm, self.mlp_post_norm = (norm(), norm()) if config.post_norms else (None, None)
 
-    def __call__(
-        self, layer: jax.Array, x: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend, carry: Any, shard: Sharder
-    ) -> tuple[Float[Array, "B T D"], Any, tuple[jax.Array, jax.Array]]:
-        """Returns the residual stream, the carry, and this layer's new (k, v)."""
+    def __call__(self, x: Float[Array, "B T D"], place: Place, step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, New]:
+        """Returns the residual stream, the carry, and what this layer adds to the cache."""
         # The residual may be split along the sequence; what enters a projection is whole.
-        whole = lambda y: shard.constrain(y, "batch", None, "embed")  # noqa: E731
-        residual = lambda y: shard.constrain(y, "batch", "seq", "embed")  # noqa: E731
-        q, k, v = self.attention.project(whole(self.input_norm(x)), rope, shard)
-        o, carry = attend(layer, q, k, v, carry)
-        x = x + residual(self.attention.o_proj(o.reshape(*o.shape[:2], -1)))
-        x = x + residual(self.mlp(whole(self.post_attention_norm(x))))
-        return x, carry, (k, v)
+        whole = lambda y: step.shard.constrain(y, "batch", None, "embed")  # noqa: E731
+        normed = self.mixer_norm(x)
+        branch, carry, new = self.mixer(whole(normed), place, step, carry)  # type: ignore[operator] # make_mixer says what is called
+        x = self._add(normed if self.normalized_residual else x, branch, self.mixer_post_norm, self.layer.mixer_scales, step)
+        normed = self.mlp_norm(x)
+        branch = self.mlp(whole(normed), step)
+        x = self._add(normed if self.normalized_residual else x, branch, self.mlp_post_norm, self.layer.mlp_scales, step)
+        return x, carry, new
+
+    def _add(
+        self, x: Float[Array, "B T D"], branch: Float[Array, "B T D"], norm: RMSNorm | None, scales: tuple[float, float], step: Step
+    ) -> Float[Array, "B T D"]:
+        branch = step.shard.constrain(branch, "batch", "seq", "embed")
+        if norm is not None:
+            branch = norm(branch)
+        alpha, beta = scales
+        return (x if alpha == 1.0 else x * alpha) + (branch if beta == 1.0 else branch * beta)
 
 
 class Transformer(nnx.Module):
-    """Token ids in, hidden states and every layer's new keys and values out."""
+    """Token ids in, hidden states and what every layer adds to the cache out."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        table = (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.dtype
-        self.embed = weight(rngs, *table)
-        self.layers = Block(config, rngs)
-        self.final_norm = RMSNorm(config, config.hidden_size, "embed", rngs)
-        self.lm_head = None if config.tie_embeddings else weight(rngs, *table)
+        pattern, layers = config.pattern, config.layers
+        alone, stacked = Maker(config, rngs), Maker(config, rngs, pattern.repeats)
+        table = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+        self.embed = alone(*table)
+        first_tail = pattern.head + pattern.body_layers
+        self.head = nnx.List([Block(layer, alone) for layer in layers[: pattern.head]])
+        self.body = nnx.List([Block(layers[pattern.head + p], stacked) for p in range(pattern.period)])
+        self.tail = nnx.List([Block(layer, alone) for layer in layers[first_tail:]])
+        self.final_norm = RMSNorm(alone, config.hidden_size, "embed", config.norm_offset)
+        self.lm_head = None if config.tie_embeddings else alone(*table)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, carry: Any, shard: Sharder
-    ) -> tuple[Float[Array, "B T D"], Any, tuple[Float[Array, "L B T K H"], Float[Array, "L B T K H"]]]:
-        """Runs all layers. `attend` sees one layer's q, k, v and threads `carry` (e.g. pools that a kernel must find updated).
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, carry: Any, shard: Sharder
+    ) -> tuple[Float[Array, "B T D"], Any, tuple[New, ...]]:
+        """Runs all layers. `cache` sees each layer's queries and threads `carry` (e.g. pools that a kernel must find updated).
 
-        Returns the final-norm hidden states, the carry, and (k, v) of the new tokens of every layer: what is cached and exported.
+        Returns the final-norm hidden states, the carry, and per cache group its new tensors stacked over the group's layers: tokens
+        [L, B, T, heads, width] or states [L, B, heads, width]. Those are what is cached and exported.
         """
-        x = shard.constrain(jnp.take(self.embed[...], tokens, axis=0), "batch", "seq", "embed")
-        rope = rope_tables(positions, self.config)
-        graph, stacked = nnx.split(self.layers)
+        x = jnp.take(self.embed[...], tokens, axis=0)
+        if self.config.embed_scale != 1.0:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        x = shard.constrain(x, "batch", "seq", "embed")
+        step = Step(cache, shard, island(shard), self._rope(positions))
+        places = _Places(self.config)
+        news: list[list[New]] = [[] for _ in places.groups]
 
-        def body(state: tuple[jax.Array, Any], layer: tuple[jax.Array, PyTree]) -> tuple[tuple[jax.Array, Any], Any]:
-            x, carry = state
-            index, weights = layer
-            x, carry, kv = nnx.merge(graph, weights)(index, x, rope, attend, carry, shard)
-            return (x, carry), kv
+        def alone(blocks: nnx.List, first: int, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+            for layer, block in enumerate(blocks, first):
+                place = places.at(layer)
+                x, carry, new = block(x, place, step, carry)
+                news[place.group].append(tuple(n[None] for n in new))
+            return x, carry
 
-        (x, carry), kv = jax.lax.scan(body, (x, carry), (jnp.arange(self.config.num_layers), stacked))
-        return self.final_norm(x), carry, kv
+        pattern = self.config.pattern
+        x, carry = alone(self.head, 0, x, carry)
+        if pattern.repeats:
+            x, carry, new_by_position = self._body(x, places, step, carry)
+            for group, positions_of_group in places.body_positions().items():
+                parts = [new_by_position[p] for p in positions_of_group]
+                news[group].append(parts[0] if len(parts) == 1 else tuple(map(_interleave, zip(*parts, strict=True))))
+        x, carry = alone(self.tail, pattern.head + pattern.body_layers, x, carry)
+        joined = tuple(tuple(_concatenate(tensors) for tensors in zip(*parts, strict=True)) for parts in news)
+        return self.final_norm(x), carry, joined
+
+    def _body(self, x: jax.Array, places: "_Places", step: Step, carry: Any) -> tuple[jax.Array, Any, tuple[New, ...]]:
+        """All repeats of the body as one scan; returns per position its new tensors, stacked over repeats."""
+        graph, stacked = nnx.split(self.body)
+
+        def body(state: tuple[jax.Array, Any], repeat: tuple[jax.Array, PyTree]) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
+            (x, carry), (index, weights) = state, repeat
+            news = []
+            for position, block in enumerate(nnx.merge(graph, weights)):
+                x, carry, new = block(x, places.in_body(position, index), step, carry)
+                news.append(new)
+            return (x, carry), tuple(news)
+
+        repeats = jnp.arange(self.config.pattern.repeats)
+        (x, carry), news = jax.lax.scan(body, (x, carry), (repeats, stacked))
+        return x, carry, news
+
+    def _rope(self, positions: Int[Array, "B T"]) -> dict[tuple[Rope, int], Tables]:
+        """One table per rotary embedding that some layer uses."""
+        wanted = dict.fromkeys(key for layer in self.config.layers if (key := _rope_key(layer)))
+        return {(rope, dims): rope_tables(positions, rope, dims) for rope, dims in wanted}
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Unnormalised log-probabilities in float32."""
         head = self.embed if self.lm_head is None else self.lm_head
         return matmul_transposed(hidden, head[...], preferred_element_type=jnp.float32)
+
+
+def _rope_key(layer: Layer) -> tuple[Rope, int] | None:
+    match layer.mixer:
+        case AttentionConfig(rope=Rope() as rope, head_dim=dims) | LightningConfig(rope=Rope() as rope, head_dim=dims):
+            return rope, rope.dims or dims
+        case LatentConfig(rope=Rope() as rope, rope_dim=dims):
+            return rope, rope.dims or dims
+    return None
+
+
+def _interleave(parts: tuple[jax.Array, ...]) -> jax.Array:
+    """Layers of several body positions, each [repeats, ...], in order of depth."""
+    stacked = jnp.stack(parts, axis=1)
+    return stacked.reshape(math.prod(stacked.shape[:2]), *stacked.shape[2:])
+
+
+def _concatenate(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+class _Places:
+    """Where each layer's cache lies, for layers by themselves and for traced repeats of the body."""
+
+    def __init__(self, config: ModelConfig):
+        self.groups, self.pattern = cache_spec(config).groups, config.pattern
+        self._of = {layer: (g, i) for g, group in enumerate(self.groups) for i, layer in enumerate(group.layers)}
+
+    def at(self, layer: int) -> Place:
+        group, index = self._of[layer]
+        return Place(group, index, layer)
+
+    def in_body(self, position: int, repeat: jax.Array) -> Place:
+        first = self.pattern.head + position
+        group, index = self._of[first]
+        stride = len(self.body_positions()[group])
+        return Place(group, index + repeat * stride, first + repeat * self.pattern.period)
+
+    def body_positions(self) -> dict[int, list[int]]:
+        """Group -> positions of the body that belong to it."""
+        found: dict[int, list[int]] = {}
+        for position in range(self.pattern.period):
+            found.setdefault(self._of[self.pattern.head + position][0], []).append(position)
+        return found
