@@ -77,10 +77,10 @@ def numpy_route(logits, bias, *, top_k, scoring, num_groups, top_groups, renorma
 
 @st.composite
 def routings(draw):
-    num_groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    top_groups = draw(st.integers(1, num_groups))
+    # Few shapes: each is compiled anew.
+    num_groups, top_groups = draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (4, 4), (12, 5)]))
     rules = {
-        "top_k": draw(st.integers(1, size * top_groups)),
+        "top_k": draw(st.sampled_from([1, 4])),
         "scoring": draw(st.sampled_from(["softmax", "sigmoid"])),
         "num_groups": num_groups,
         "top_groups": top_groups,
@@ -88,8 +88,8 @@ def routings(draw):
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    bias = rng.normal(size=num_groups * size).astype(np.float32) if draw(st.booleans()) else None
-    return rules, 2 * rng.normal(size=(5, num_groups * size)).astype(np.float32), bias
+    bias = rng.normal(size=12).astype(np.float32) if draw(st.booleans()) else None
+    return rules, 2 * rng.normal(size=(20, 12)).astype(np.float32), bias
 
 
 @given(routings())
@@ -176,8 +176,8 @@ def whole(x, weights, experts, gate, up, down):
     return xp.einsum("tef,edf,te->td", hidden, down, mask)
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_moe"])
 def test_experts_are_hugging_faces(name, implementation):
     golden = load(name)
     inputs = (golden[key] for key in ("x", "weights", "experts", "gate", "up", "down"))
@@ -187,8 +187,6 @@ def test_experts_are_hugging_faces(name, implementation):
 SHAPES = [
     (1, 1, 1, 8, 4, 0.0),
     (1, 16, 4, 16, 8, 0.0),
-    (8, 4, 4, 16, 8, 0.0),
-    (37, 8, 2, 16, 24, 0.0),
     (150, 5, 1, 16, 8, 9.0),
     (400, 6, 2, 8, 8, 1.0),
 ]
@@ -205,16 +203,15 @@ def test_every_implementation_is_the_weighted_sum(tokens, experts, top_k, width,
 def test_shards_of_the_experts_and_of_their_width_add_up(implementation):
     x, weights, experts, gate, up, down = case_of(30, 8, 3, 16, 12, skew=0.5)
     total = np.zeros(x.shape)
-    for first, count in ((0, 2), (2, 4), (6, 2)):
-        e = slice(first, first + count)
-        for f in (slice(0, 4), slice(4, 12)):
+    for first in (0, 4):
+        e = slice(first, first + 4)
+        for f in (slice(0, 6), slice(6, 12)):
             part = mlp(x, weights, experts, gate[e, f], up[e, f], down[e, :, f], jnp.int32(first), implementation=implementation)
             total += np.asarray(part, np.float64)
     np.testing.assert_allclose(total, whole(x, weights, experts, gate, up, down), atol=3e-6)
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
-def test_shards_of_a_mesh_add_up(implementation):
+def test_shards_of_a_mesh_add_up():
     case = case_of(20, 8, 2, 16, 12)
     mesh = jax.make_mesh((2, 2), ("expert", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     wide, narrow = P("expert", "model"), P("expert", None, "model")
@@ -222,7 +219,7 @@ def test_shards_of_a_mesh_add_up(implementation):
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P(), wide, wide, narrow), out_specs=P(), check_vma=False)
     def sharded(x, weights, experts, gate, up, down):
         first = jax.lax.axis_index("expert") * gate.shape[0]
-        return jax.lax.psum(experts_mlp(x, weights, experts, gate, up, down, first, implementation=implementation), ("expert", "model"))
+        return jax.lax.psum(experts_mlp(x, weights, experts, gate, up, down, first), ("expert", "model"))
 
     np.testing.assert_allclose(jax.jit(sharded)(*case), whole(*case), atol=3e-6)
 
@@ -247,11 +244,18 @@ def test_an_expert_that_overflows_spoils_only_its_own_tokens(implementation):
     assert not np.isfinite(spoiled[~free]).all(axis=1).any()
 
 
-COMPANY = [(8, 16, 4, 64, 32), (64, 8, 2, 64, 48), (256, 8, 2, 64, 32), (200, 64, 4, 128, 96)]
-
-
-@pytest.mark.parametrize(("implementation", "atol"), [(None, 0.0), ("dense", 0.0), ("grouped", 0.0), ("ragged", 1e-6)])
-@pytest.mark.parametrize("shape", COMPANY)
+@pytest.mark.parametrize(
+    ("shape", "implementation", "atol"),
+    [
+        ((8, 16, 4, 64, 32), None, 0.0),
+        ((64, 8, 2, 64, 48), None, 0.0),
+        ((256, 8, 2, 64, 32), None, 0.0),
+        ((200, 64, 4, 128, 96), None, 0.0),
+        ((8, 16, 4, 64, 32), "dense", 0.0),
+        ((200, 64, 4, 128, 96), "dense", 0.0),
+        ((64, 8, 2, 64, 48), "ragged", 1e-6),
+    ],
+)
 def test_a_token_does_not_depend_on_its_companions(shape, implementation, atol):
     """Companions go to other experts, which moves the token to other rows of other blocks."""
     x, weights, experts, *projections = case_of(*shape)
@@ -272,7 +276,7 @@ def test_padding_changes_no_token(implementation):
     np.testing.assert_array_equal(mlp(x, weights, experts, *projections, 0, implementation=implementation)[:30], before[:30])
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_flow_to_tokens_weights_and_experts(implementation):
     x, weights, experts, *projections = map(jnp.asarray, case_of(19, 6, 2, 8, 12, skew=0.5))
 
@@ -285,7 +289,7 @@ def test_gradients_flow_to_tokens_weights_and_experts(implementation):
     expected = jax.jit(gradients(functools.partial(loss, whole)))(x, weights, *projections)
     for a, b in zip(got, expected, strict=True):
         assert np.abs(b).max() > 0.1
-        np.testing.assert_allclose(a, b, atol=5e-6)
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_flow_through_the_router_but_not_into_the_bias():

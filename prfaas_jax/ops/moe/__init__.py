@@ -23,7 +23,7 @@ IMPLEMENTATIONS = tuple(_FORMS)
 
 
 def default_implementation(platform: str) -> tuple[str, str]:
-    """(implementation, reason) for a jax platform, when nothing is trained."""
+    """(implementation, reason) for a jax platform."""
     if platform == "tpu":
         return "ragged", "XLA has a grouped product for tpu"
     return "grouped", f"XLA's grouped product on {platform} is every expert on every assignment"
@@ -56,8 +56,7 @@ def experts_mlp(
         down: like `gate`.
         first_expert: index of the first local expert; may be traced.
         activation: of the gate.
-        implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for. To train,
-            name "dense" or "ragged": the gradient of "grouped" adds up the weights of all experts once per block.
+        implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for.
 
     Raises:
         InvalidInput: unknown implementation, or shapes that do not belong together.

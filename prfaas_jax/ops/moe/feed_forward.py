@@ -44,7 +44,7 @@ def sort_assignments(experts: Int32[Array, "T k"], num_local: int) -> SortedAssi
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
     index = jnp.arange(key.size, dtype=jnp.int32)
     place = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
-    starts = jnp.searchsorted(key[order], jnp.arange(num_local + 1, dtype=key.dtype)).astype(jnp.int32)
+    starts = jnp.searchsorted(key[order], jnp.arange(num_local + 1, dtype=key.dtype), method="compare_all").astype(jnp.int32)
     return SortedAssignments(order, place, starts, local)
 
 

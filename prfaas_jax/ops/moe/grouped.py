@@ -1,5 +1,8 @@
 """The "grouped" implementation: tokens sorted by expert and cut into blocks of one expert each, one block after another."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -34,21 +37,57 @@ def experts_mlp(
     per_expert = -(-jnp.diff(plan.starts) // size)
     first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(per_expert, dtype=jnp.int32)])
 
-    def run(block: Int32[Array, ""]) -> Float32[Array, "size D"]:
-        expert = jnp.searchsorted(first_block, block, side="right") - 1
-        places = plan.starts[expert] + (block - first_block[expert]) * size + jnp.arange(size)
-        # A part-empty block goes on into the next expert's tokens, or repeats the last: nobody reads those rows.
-        rows = x[plan.order[jnp.minimum(places, assignments - 1)] // experts.shape[1]]
-        return gated_mlp(rows, gate[expert], up[expert], down[expert], activation)
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    expert_of = jnp.searchsorted(first_block, block, side="right", method="compare_all").astype(jnp.int32) - 1
+    first_place = plan.starts[expert_of] + (block - first_block[expert_of]) * size
+    # A part-empty block goes on into the next expert's tokens, or repeats the last: nobody reads those rows.
+    places = jnp.minimum(first_place[:, None] + jnp.arange(size), assignments - 1)
+    tokens_of = plan.order[places] // experts.shape[1]
 
-    def skip(block: Int32[Array, ""]) -> Float32[Array, "size D"]:
-        return jnp.zeros((size, x.shape[1]), jnp.float32)
-
-    def visit(block: Int32[Array, ""]) -> Float32[Array, "size D"]:
-        # Recomputed in the backward pass: kept, each block would hold a copy of its expert's weights.
-        return jax.lax.cond(block < first_block[-1], jax.checkpoint(run), skip, block)
-
-    outputs = jax.lax.map(visit, jnp.arange(blocks, dtype=jnp.int32)).reshape(blocks * size, -1)
+    outputs = _run_blocks(x, gate, up, down, expert_of, tokens_of, activation).reshape(blocks * size, -1)
     expert = jnp.clip(experts.reshape(-1), 0, num_local - 1)
-    where = first_block[expert] * size + plan.place - plan.starts[expert]
-    return weighted_sum(outputs[jnp.where(plan.local, where, 0)], weights, plan.local)
+    row = first_block[expert] * size + plan.place - plan.starts[expert]
+    return weighted_sum(outputs[jnp.where(plan.local, row, 0)], weights, plan.local)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _run_blocks(
+    x: Float[Array, "T D"],
+    gate: Float[Array, "E_local F D"],
+    up: Float[Array, "E_local F D"],
+    down: Float[Array, "E_local D F"],
+    expert_of: Int32[Array, " blocks"],
+    tokens_of: Int32[Array, "blocks size"],
+    activation: Activation,
+) -> Float32[Array, "blocks size D"]:
+    """Block b's tokens through its expert. Blocks in use come first; the others, of expert E_local, are zero and cost nothing."""
+
+    def visit(block: tuple[Int32[Array, ""], Int32[Array, " size"]]) -> Float32[Array, "size D"]:
+        expert, tokens = block
+        run = lambda: gated_mlp(x[tokens], gate[expert], up[expert], down[expert], activation)  # noqa: E731
+        return jax.lax.cond(expert < gate.shape[0], run, lambda: jnp.zeros((tokens.size, x.shape[1]), jnp.float32))
+
+    return jax.lax.map(visit, (expert_of, tokens_of))
+
+
+def _forward(*args: Any) -> tuple[Float32[Array, "blocks size D"], tuple[Array, ...]]:
+    return _run_blocks(*args), args[:-1]
+
+
+def _backward(activation: Activation, args: tuple[Array, ...], cotangent: Float32[Array, "blocks size D"]) -> tuple[Array | None, ...]:
+    """Adds each block's gradient to its own expert's; the derivative of the loop would add it to all experts' and keep copies of them."""
+    x, *projections, expert_of, tokens_of = args
+
+    def visit(total: list[Array], block: tuple[Array, ...]) -> tuple[list[Array], None]:
+        expert, tokens, cotangent = block
+        primals = x[tokens], *(w[expert] for w in projections)
+        run = lambda: jax.vjp(lambda x, g, u, d: gated_mlp(x, g, u, d, activation), *primals)[1](cotangent)  # noqa: E731
+        gradients = jax.lax.cond(expert < projections[0].shape[0], run, lambda: tuple(map(jnp.zeros_like, primals)))
+        return [t.at[i].add(g) for t, i, g in zip(total, (tokens, expert, expert, expert), gradients, strict=True)], None
+
+    zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, *projections)]
+    total, _ = jax.lax.scan(visit, zeros, (expert_of, tokens_of, cotangent))
+    return *(t.astype(a.dtype) for t, a in zip(total, (x, *projections), strict=True)), None, None
+
+
+_run_blocks.defvjp(_forward, _backward)
