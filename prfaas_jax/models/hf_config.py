@@ -11,7 +11,8 @@ from typing import Any
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.spec import DTYPE_BYTES
 from prfaas_jax.models.config import ModelConfig
-from prfaas_jax.models.hf_families import READERS, Fields, read_family, refusal
+from prfaas_jax.models.hf_families import READERS, read_family
+from prfaas_jax.models.hf_fields import Fields
 
 # Multimodal classes of which only the text model is read: class -> the class of its text_config.
 WRAPPERS = {"Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM"}
@@ -43,18 +44,16 @@ def read_hf_config(path: Path | str, dtype: str | None = None) -> ModelConfig:
     path = Path(path)
     architecture, values = read_text_fields(path)
     fields = Fields(values)
-    return ModelConfig(
-        **{
-            "name": path.resolve().name,
-            "vocab_size": fields.count("vocab_size"),
-            "hidden_size": fields.count("hidden_size"),
-            "max_position": fields.count("max_position_embeddings", "model_max_length"),
-            "rms_norm_eps": float(fields.need("rms_norm_eps", "layernorm_epsilon")),
-            "tie_embeddings": bool(fields.get("tie_word_embeddings", default=False)),
-            "dtype": dtype or _dtype(fields),
-        }
-        | read_family(architecture, fields)
-    )
+    common: dict[str, Any] = {
+        "name": path.resolve().name,
+        "vocab_size": fields.count("vocab_size"),
+        "hidden_size": fields.count("hidden_size"),
+        "max_position": fields.count("max_position_embeddings", "model_max_length"),
+        "rms_norm_eps": float(fields.need("rms_norm_eps", "layernorm_epsilon")),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings", default=False)),
+        "dtype": dtype or _dtype(fields),
+    }
+    return ModelConfig(**common | read_family(architecture, fields))
 
 
 def read_text_fields(path: Path) -> tuple[str, Mapping[str, Any]]:
@@ -65,11 +64,11 @@ def read_text_fields(path: Path) -> tuple[str, Mapping[str, Any]]:
     fields = read_json(path / "config.json")
     names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise refusal("architectures", names, f"exactly one of {list(ARCHITECTURES)}")
+        raise Fields(fields).refusal("architectures", names, f"exactly one of {list(ARCHITECTURES)}")
     if names[0] not in WRAPPERS:
         return names[0], fields
     if not isinstance(fields.get("text_config"), Mapping):
-        raise refusal("text_config", fields.get("text_config"), "an object")
+        raise Fields(fields).refusal("text_config", fields.get("text_config"), "an object")
     # These are said of the whole model, sometimes only there.
     outer = {name: fields[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config") if name in fields}
     return WRAPPERS[names[0]], {**fields["text_config"], **outer}
@@ -89,5 +88,5 @@ def read_hf_eos_ids(path: Path | str) -> tuple[int, ...]:
 def _dtype(fields: Fields) -> str:
     dtype = fields.get("dtype", "torch_dtype", default="float32")
     if dtype not in DTYPE_BYTES:
-        raise refusal("dtype", dtype, f"one of {sorted(DTYPE_BYTES)}, or a dtype given by the caller to convert to")
+        raise fields.refusal("dtype", dtype, f"one of {sorted(DTYPE_BYTES)}, or a dtype given by the caller to convert to")
     return dtype

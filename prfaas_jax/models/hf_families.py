@@ -6,7 +6,7 @@ Each reader follows the class of that name in transformers: what that class comp
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prfaas_jax.errors import InvalidInput
+from prfaas_jax.models.hf_fields import Fields, read_rope
 from prfaas_jax.models.layer_config import (
     AttentionConfig,
     DenseConfig,
@@ -19,7 +19,6 @@ from prfaas_jax.models.layer_config import (
     MlpConfig,
     MoeConfig,
     Rope,
-    RopeScaling,
 )
 
 # Options that change the mathematics, and the only value of each that is computed; absent or null means this value.
@@ -38,110 +37,6 @@ _ONLY: dict[str, Any] = {
 _ONLY_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_router_activation_func": "sigmoid"}
 
 FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"
-
-
-class Fields:
-    """The fields of a config.json; a null is as good as absent, and every refusal names the field."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        self._values = values
-
-    def get(self, *spellings: str, default: Any = None) -> Any:
-        """The first of several spellings of a field that the file has, else `default`."""
-        return next((self._values[name] for name in spellings if self._values.get(name) is not None), default)
-
-    def need(self, *spellings: str) -> Any:
-        """As `get`, of a field that must be there."""
-        value = self.get(*spellings)
-        if value is None:
-            raise refusal(" or ".join(spellings), None, "a value (the field is missing)")
-        return value
-
-    def count(self, *spellings: str) -> int:
-        """As `need`, of a positive integer."""
-        value = self.need(*spellings)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise refusal(" or ".join(spellings), value, "a positive integer")
-        return value
-
-    def only(self, allowed: Mapping[str, Any]) -> None:
-        """Refuses any field that has another value than the one that is computed."""
-        for name, value in allowed.items():
-            if self.get(name, default=value) != value:
-                raise refusal(name, self.get(name), f"{value!r} (nothing else is implemented)")
-
-    def per_layer(self, name: str, *kinds: str) -> list[str]:
-        """A list with one of `kinds` for every layer."""
-        listed, layers = self.need(name), self.count("num_hidden_layers")
-        if not isinstance(listed, list) or len(listed) != layers:
-            raise refusal(name, listed, f"a list of {layers} entries, one per layer")
-        if other := sorted({str(kind) for kind in listed} - set(kinds)):
-            raise refusal(name, other, f"only {' and '.join(kinds)}")
-        return listed
-
-    def child(self, name: str) -> "Fields":
-        """A nested object, empty when there is none."""
-        value = self.get(name, default={})
-        if not isinstance(value, Mapping):
-            raise refusal(name, value, "an object")
-        return Fields(value)
-
-
-def refusal(field: str, value: Any, expected: str) -> InvalidInput:
-    """The error that names a field of config.json."""
-    return InvalidInput(f"config.json {field}", value, expected)
-
-
-def _rope(
-    fields: Fields,
-    width: int,
-    *,
-    layer_type: str | None = None,
-    theta: str = "rope_theta",
-    base: float = 10_000.0,
-    scaled: bool = True,
-    partial: float | None = None,
-) -> Rope:
-    """Rotary embedding, from transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`) spelling.
-
-    Args:
-        fields: config.json.
-        width: elements of a head.
-        layer_type: entry of `rope_parameters`, where it has one for each type of layer.
-        theta: the older spelling's name of the base.
-        base: the base when the file has none.
-        scaled: whether the older spelling's `rope_scaling` is meant for these layers.
-        partial: the part of a head that rotates when the file does not say; None where the class rotates whole heads.
-    """
-    label, values = "rope_parameters", fields.child("rope_parameters")
-    if layer_type is not None and fields.get("rope_parameters") is not None:
-        label, values = f"rope_parameters.{layer_type}", Fields({layer_type: values.need(layer_type)}).child(layer_type)
-    elif fields.get("rope_parameters") is None:
-        label, values = "rope_scaling", fields.child("rope_scaling") if scaled else Fields({})
-
-    def number(key: str) -> float:
-        if not isinstance(values.get(key), int | float):
-            raise refusal(f"{label}.{key}", values.get(key), "a number")
-        return float(values.get(key))
-
-    factor = values.get("partial_rotary_factor", default=fields.get("partial_rotary_factor", default=partial or 1.0))
-    if partial is None and factor != 1.0:
-        raise refusal(f"{label}.partial_rotary_factor", factor, "1.0 (every pair rotates)")
-    if values.get("mscale_all_dim", "attention_factor") is not None:
-        raise refusal(f"{label}.mscale_all_dim", values.get("mscale_all_dim", "attention_factor"), "none (scores are not scaled)")
-    scaling: RopeScaling | None = None
-    match values.get("rope_type", "type", default="default"):
-        case "default":
-            pass
-        case "linear":
-            scaling = RopeScaling("linear", number("factor"))
-        case "llama3":
-            original = int(number("original_max_position_embeddings"))
-            scaling = RopeScaling("llama3", number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
-        case kind:
-            raise refusal(f"{label}.rope_type", kind, "default, linear or llama3")
-    dims = int(width * factor)
-    return Rope(float(values.get("rope_theta", default=fields.get(theta, default=base))), None if dims == width else dims, scaling)
 
 
 def _moe(fields: Fields, **changes: Any) -> MoeConfig:
@@ -165,7 +60,7 @@ def _sigmoid_moe(fields: Fields) -> MoeConfig:
         top_groups=fields.count("topk_group"),
         renormalize=bool(fields.need("norm_topk_prob", "moe_renormalize")),
         # MiMo's file has null for both: no factor, no shared expert.
-        scale=float(fields.get("routed_scaling_factor", default=1.0)),
+        scale=fields.number("routed_scaling_factor", 1.0),
         shared_size=width * fields.get("n_shared_experts", "num_shared_experts", default=0),
     )
 
@@ -209,7 +104,7 @@ def _head_dim(fields: Fields) -> int:
 
 def _plain_layers(fields: Fields, head_dim: int, mlps: Iterable[MlpConfig], **options: Any) -> dict[str, Any]:
     """Attention over everything in every layer."""
-    mixer = AttentionConfig(*_heads(fields), head_dim, rope=_rope(fields, head_dim), **options)
+    mixer = AttentionConfig(*_heads(fields), head_dim, rope=read_rope(fields, head_dim), **options)
     kinds = fields.per_layer("layer_types", FULL) if fields.get("layer_types") else [FULL] * fields.count("num_hidden_layers")
     return {"layers": _stack(kinds, {FULL: mixer}, mlps)}
 
@@ -239,7 +134,7 @@ def _gated_delta_layers(fields: Fields, mlps: Iterable[MlpConfig]) -> dict[str, 
     fields.only({"attn_output_gate": True})
     head_dim = fields.count("head_dim")
     gated = AttentionConfig(
-        *_heads(fields), head_dim, rope=_rope(fields, head_dim, partial=0.25), qk_norm="head", output_gate=True
+        *_heads(fields), head_dim, rope=read_rope(fields, head_dim, partial=0.25), qk_norm="head", output_gate=True
     )  # fmt: skip
     delta = GatedDeltaConfig(
         fields.count("linear_num_key_heads"),
@@ -287,7 +182,7 @@ def _deepseek_v3(fields: Fields) -> dict[str, Any]:
     # Interleaved pairs are what the import of the weights puts in order.
     fields.only({**_ONLY_SIGMOID, "rope_interleave": True})
     mlps = _dense_or_moe(fields, 3)
-    mixer = _latent(fields, _rope(fields, fields.count("qk_rope_head_dim")))
+    mixer = _latent(fields, read_rope(fields, fields.count("qk_rope_head_dim")))
     return {"layers": _stack([FULL] * len(mlps), {FULL: mixer}, mlps)}
 
 
@@ -313,7 +208,9 @@ def _kimi_kinds(fields: Fields, linear: Fields) -> list[str]:
     full, kda = (linear.get(name, default=[]) for name in ("full_attn_layers", "kda_layers"))
     numbers = range(1, fields.count("num_hidden_layers") + 1)
     if sorted([*full, *kda]) != list(numbers):
-        raise refusal("linear_attn_config", {"full_attn_layers": full, "kda_layers": kda}, f"each of the layers 1..{len(numbers)} once")
+        raise fields.refusal(
+            "linear_attn_config", {"full_attn_layers": full, "kda_layers": kda}, f"each of the layers 1..{len(numbers)} in one of them"
+        )
     return [FULL if number in full else LINEAR for number in numbers]
 
 
@@ -325,8 +222,8 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
     else:
         every = fields.get("sliding_window_pattern", "_sliding_window_pattern", default=6)
         kinds = [SLIDING if (i + 1) % every else FULL for i in range(fields.count("num_hidden_layers"))]
-    full_rope = _rope(fields, head_dim, layer_type=FULL, base=1e6)
-    near_rope = _rope(fields, head_dim, layer_type=SLIDING, theta="rope_local_base_freq", scaled=False)
+    full_rope = read_rope(fields, head_dim, layer_type=FULL, base=1e6)
+    near_rope = read_rope(fields, head_dim, layer_type=SLIDING, theta="rope_local_base_freq", scaled=False)
     scale = None if scalar == head_dim else scalar**-0.5
     full = AttentionConfig(*_heads(fields), head_dim, rope=full_rope, qk_norm="head", scale=scale)
     # Their window counts the current token.
@@ -343,37 +240,28 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
 
 def _mimo_v2_flash(fields: Fields) -> dict[str, Any]:
     heads, kv_heads = _heads(fields)
-    head_dim, value_dim, layers = fields.count("head_dim"), fields.count("v_head_dim"), fields.count("num_hidden_layers")
-    same = {
-        "swa_num_attention_heads": heads,
-        "swa_num_key_value_heads": 2 * kv_heads,
-        "swa_head_dim": head_dim,
-        "swa_v_head_dim": value_dim,
-    }
-    fields.only({**_ONLY_SIGMOID, **same, "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False})
-    kinds = [FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
-    if fields.get("layer_types") is not None:
-        kinds = fields.per_layer("layer_types", FULL, SLIDING)
-    # The published file's own lists, which transformers does not read, must say the same.
-    fields.only({"hybrid_layer_pattern": [int(kind == SLIDING) for kind in kinds]})
-    sparse = _mimo_sparse(fields, layers)
-    common = {"value_dim": value_dim, "value_scale": float(fields.get("attention_value_scale", default=1.0))}
-    full_rope = _rope(fields, head_dim, layer_type=FULL, base=5e6, partial=0.334)
-    near_rope = _rope(fields, head_dim, layer_type=SLIDING, theta="swa_rope_theta", partial=0.334)
-    full = AttentionConfig(heads, kv_heads, head_dim, rope=full_rope, **common)
+    head_dim, value_dim = fields.count("head_dim"), fields.count("v_head_dim")
+    fields.only({**_ONLY_SIGMOID, "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False})
+    fields.only({"swa_num_attention_heads": heads, "swa_num_key_value_heads": 2 * kv_heads})
+    fields.only({"swa_head_dim": head_dim, "swa_v_head_dim": value_dim})
+    values: dict[str, Any] = {"value_dim": value_dim, "value_scale": fields.number("attention_value_scale", 1.0)}
+    full_rope = read_rope(fields, head_dim, layer_type=FULL, base=5e6, partial=0.334)
+    near_rope = read_rope(fields, head_dim, layer_type=SLIDING, theta="swa_rope_theta", partial=0.334)
+    full = AttentionConfig(heads, kv_heads, head_dim, rope=full_rope, **values)
     # `sliding_window` counts the current token, `sliding_window_size` does not.
     window = fields.get("sliding_window_size") or fields.count("sliding_window") - 1
-    near = AttentionConfig(heads, 2 * kv_heads, head_dim, rope=near_rope, window=window, sinks=True, **common)
-    dense, moe = DenseConfig(fields.count("intermediate_size")), _sigmoid_moe(fields)
-    return {"layers": _stack(kinds, {FULL: full, SLIDING: near}, [moe if s else dense for s in sparse])}
+    near = AttentionConfig(heads, 2 * kv_heads, head_dim, rope=near_rope, window=window, sinks=True, **values)
+    mlps: dict[str, MlpConfig] = {"dense": DenseConfig(fields.count("intermediate_size")), "sparse": _sigmoid_moe(fields)}
+    kinds = _named_or_flagged(fields, "layer_types", "hybrid_layer_pattern", (FULL, SLIDING))
+    sparse = _named_or_flagged(fields, "mlp_layer_types", "moe_layer_freq", ("dense", "sparse"))
+    return {"layers": _stack(kinds, {FULL: full, SLIDING: near}, [mlps[kind] for kind in sparse])}
 
 
-def _mimo_sparse(fields: Fields, layers: int) -> list[bool]:
-    sparse = [i > 0 for i in range(layers)]
-    if fields.get("mlp_layer_types") is not None:
-        sparse = [kind == "sparse" for kind in fields.per_layer("mlp_layer_types", "dense", "sparse")]
-    fields.only({"moe_layer_freq": [int(s) for s in sparse]})
-    return sparse
+def _named_or_flagged(fields: Fields, named: str, flagged: str, kinds: tuple[str, str]) -> list[str]:
+    """One of two kinds per layer, as names (transformers) or as 0 and 1 (the published file); never the class's default."""
+    if fields.get(named) is not None:
+        return fields.per_layer(named, *kinds)
+    return [kinds[flag] for flag in fields.per_layer(flagged, 0, 1)]
 
 
 def _minimax(fields: Fields) -> dict[str, Any]:
@@ -381,13 +269,13 @@ def _minimax(fields: Fields) -> dict[str, Any]:
     fields.only({"sliding_window": None, "rotary_dim": head_dim})
     heads, kv_heads = _heads(fields)
     mixers: dict[str, MixerConfig] = {
-        FULL: AttentionConfig(heads, kv_heads, head_dim, rope=_rope(fields, head_dim, base=1e6)),
+        FULL: AttentionConfig(heads, kv_heads, head_dim, rope=read_rope(fields, head_dim, base=1e6)),
         LINEAR: LightningConfig(heads, head_dim),
     }
     moe = _moe(fields, intermediate_size=fields.count("intermediate_size"))
 
     def scales(part: str) -> tuple[float, float]:
-        alpha, beta = (float(fields.need(f"{part}_{which}_factor")) for which in ("alpha", "beta"))
+        alpha, beta = (fields.number(f"{part}_{which}_factor") for which in ("alpha", "beta"))
         return alpha, beta
 
     mixer_scales = {FULL: scales("full_attn"), LINEAR: scales("linear_attn")}

@@ -28,7 +28,7 @@ def test_same_tensors_as_the_hugging_face_original(tmp_path: Path) -> None:
 
 def test_the_permutation_is_undone_and_not_merely_absent(tmp_path: Path) -> None:
     """The converter's order differs from Hugging Face's in this fixture, so an import without the undo would be seen."""
-    q = read_hf(TIED)[1]["layers/attention/q_proj/weight"][0]
+    q = read_hf(TIED)[1]["body/0/mixer/q_proj/weight"][0]
     assert not np.array_equal(tiny_gguf.permute(q, 8), q)
 
 

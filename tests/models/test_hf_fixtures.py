@@ -13,33 +13,35 @@ from prfaas_jax.models.score import forward_logits, perplexity, score
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 FIXTURES = Path(__file__).parents[1] / "goldens" / "hf"
-NAMES = ("llama_tied", "llama_rope_scaled", "qwen3")
-LENGTHS, NEW = (1, 17, 70, 300), 12
+NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))
+NEW = 12
 SINGLE = Sharder(make_mesh(MeshSpec(), jax.devices()[:1]), "prefill")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_match_transformers(name: str) -> None:
-    """Prompts of 1 to 300 tokens, padded at the right into one batch: causal attention must not see the padding."""
+    """Prompts of 1 to 300 tokens, padded at the right into one batch: nothing may see the padding."""
     config, arrays = read_hf(FIXTURES / name)
     with np.load(FIXTURES / name / "expected.npz") as file:
         expected = dict(file)
-    batch = np.zeros((len(LENGTHS), max(LENGTHS) + NEW), np.int32)
-    for row, n in zip(batch, LENGTHS, strict=True):
+    lengths = sorted(int(key.removeprefix("prompt_")) for key in expected if key.startswith("prompt_"))
+    batch = np.zeros((len(lengths), max(lengths) + NEW), np.int32)
+    for row, n in zip(batch, lengths, strict=True):
         row[: n + NEW] = np.concatenate([expected[f"prompt_{n}"], expected[f"tokens_{n}"]])
     logits = np.asarray(forward_logits(config, from_flat(config, arrays, SINGLE), batch, SINGLE))
-    for row, n in zip(logits, LENGTHS, strict=True):
+    for row, n in zip(logits, lengths, strict=True):
         ours = row[n - 1 : n - 1 + NEW]
         np.testing.assert_allclose(ours, expected[f"logits_{n}"], atol=1e-4, rtol=0, err_msg=f"prompt of {n}")
         np.testing.assert_array_equal(ours.argmax(-1), expected[f"tokens_{n}"], err_msg=f"prompt of {n}")
 
 
-def test_logits_match_transformers_on_a_mesh() -> None:
-    """Residual split along the sequence, heads and vocabulary split over "model", batch over "data"."""
+@pytest.mark.parametrize("name", ["qwen3", "kimi_linear", "qwen3_next", "mimo_v2_flash", "minimax"])
+def test_logits_match_transformers_on_a_mesh(name: str) -> None:
+    """Residual split along the sequence, heads, states and vocabulary split over "model", batch over "data"."""
     shard = Sharder(make_mesh(MeshSpec(data=2, model=2)), "prefill")
-    config, arrays = read_hf(FIXTURES / "qwen3")
+    config, arrays = read_hf(FIXTURES / name)
     params = from_flat(config, arrays, shard)
-    with np.load(FIXTURES / "qwen3" / "expected.npz") as expected:
+    with np.load(FIXTURES / name / "expected.npz") as expected:
         sequence = np.concatenate([expected["prompt_70"], expected["tokens_70"]])[None]
         logits = expected["logits_70"]
     ours = np.asarray(forward_logits(config, params, np.repeat(sequence, 2, axis=0), shard))
