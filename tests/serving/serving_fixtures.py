@@ -21,7 +21,9 @@ from prfaas_jax.testing.profiled import ProfiledPrefillEngine
 from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
 
 GQA = LayerCache("paged", (TensorSpec("k", 2, 8, "float32"), TensorSpec("v", 2, 8, "float32")))
-SPEC = CacheSpec((CacheGroup(GQA, (0, 1, 2)),))
+WINDOW = LayerCache("window", (TensorSpec("k", 1, 8, "bfloat16"), TensorSpec("v", 1, 4, "bfloat16")), 40)
+STATE = LayerCache("state", (TensorSpec("recurrent", 2, 16, "float32"), TensorSpec("q_tail", 1, 6, "bfloat16")))
+SPEC = CacheSpec((CacheGroup(GQA, (0, 1, 2)), CacheGroup(WINDOW, (3, 5)), CacheGroup(STATE, (4,))))
 FINGERPRINT = "f" * 32
 VOCAB = 1000
 

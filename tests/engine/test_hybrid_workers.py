@@ -1,0 +1,142 @@
+"""Models of several cache kinds through both engines: what leaves is what stays, and it decodes like a local prefill, bit by bit."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from engine_harness import (
+    CHUNK,
+    SMALL,
+    Done,
+    Recorder,
+    assert_like_oracle,
+    assert_same,
+    decode_worker,
+    eventually,
+    job,
+    make_runner,
+    prefill,
+    prefill_worker,
+    run_local,
+    run_remote,
+)
+
+from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, Token
+from prfaas_jax.engine.runner import Runner
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.transfer.coverage import Coverage
+
+# Windows of 24 beside full layers; a latent; gated delta states beside attention; KDA states beside a latent; lightning states.
+TOYS = ("mimo_toy", "deepseek_toy", "gated_delta_toy", "kimi_linear_toy", "lightning_toy")
+# Shorter than the window, on its edges, around a chunk, several chunks.
+LENGTHS = (1, 23, 24, 25, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+
+
+@functools.lru_cache(maxsize=1)
+def runner_of(name: str) -> Runner:
+    """One warm Runner at a time: tests are ordered by model."""
+    return make_runner(dataclasses.replace(SMALL, checkpoint=f"random:{name}", slots=5))
+
+
+@pytest.fixture(scope="module", params=TOYS)
+def hybrid(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """A Runner of each toy, for prefill and decode alike."""
+    yield runner_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def states() -> Runner:
+    """One with states, for what is the same with every model."""
+    return runner_of("gated_delta_toy")
+
+
+@pytest.mark.smoke
+def test_local_and_remote_prefill_give_the_same_bits_and_the_oracles_logits(hybrid: Runner) -> None:
+    jobs = [job(f"j{n}", n, new=4, seed=n) for n in LENGTHS]
+    with decode_worker(hybrid, max_queue=16) as decodes, prefill_worker(hybrid) as prefills:
+        for j in jobs:
+            (local,), (remote,) = run_local(decodes, j), run_remote(prefills, decodes, j)
+            assert_same(local, remote)
+            assert_like_oracle(hybrid, j, local, tolerance=1e-3)
+
+
+def test_segments_are_what_stays_each_once(hybrid: Runner) -> None:
+    """Windows in pieces of the last chunks, states with the last one; the bytes are those of the spec."""
+    spec = hybrid.spec
+    with prefill_worker(hybrid) as prefills:
+        for length in LENGTHS:
+            blocks, _ = prefill(prefills, job("a", length))
+            coverage = Coverage(spec, length)
+            for key, _ in blocks:
+                key.check(spec, length)
+                coverage.claim(key)
+            assert coverage.gap() is None
+            assert sum(block.nbytes for _, block in blocks) == spec.bytes(length)
+
+
+def test_slots_are_waited_for_and_come_back(states: Runner) -> None:
+    """Four slots for nine requests whose pages would all fit: every later one lives in the slot of an earlier one."""
+    jobs = [job(f"j{i}", 20 + i, new=3 + i % 3, seed=i) for i in range(9)]
+    with decode_worker(states, max_queue=16) as worker:
+        total = worker.status().state_slots_total
+        assert total == worker.status().state_slots_free == 4
+        alone = [run_local(worker, j)[0] for j in jobs]
+        sinks = [Recorder() for _ in jobs]
+        for j, sink in zip(jobs, sinks, strict=True):
+            worker.reserve(j, sink)
+        eventually(lambda: sum(bool(s.of(Admitted)) for s in sinks) == total)
+        assert worker.status().state_slots_free == 0 and worker.status().waiting == len(jobs) - total
+        for j, sink in zip(jobs, sinks, strict=True):
+            sink.wait(Admitted)
+            worker.prefill_local(j.ticket)
+        for sink, expected in zip(sinks, alone, strict=True):
+            assert sink.end() == Finished("length")
+            assert_same(expected, sink, tolerance=1e-4)
+
+
+def test_a_slot_of_an_aborted_request_starts_empty_for_the_next(states: Runner) -> None:
+    """Class D: a state that is left over would go on in somebody else's recurrence."""
+    with decode_worker(states) as decodes, prefill_worker(states) as prefills:
+        (expected,) = run_local(decodes, job("a", 70, new=4))
+        for i in range(6):
+            sink = Recorder()
+            decodes.reserve(job(f"gone{i}", 100, new=50, seed=i), sink)
+            sink.wait(Admitted)
+            decodes.prefill_local(f"gone{i}")
+            sink.wait(Committed if i % 2 else Admitted)
+            decodes.abort(f"gone{i}")
+            sink.end()
+            (again,) = run_local(decodes, job("a", 70, new=4)) if i % 3 else run_remote(prefills, decodes, job("a", 70, new=4))
+            assert_same(expected, again)
+
+
+def test_meshes_of_the_two_sides_may_differ(states: Runner) -> None:
+    wide = make_runner(dataclasses.replace(states.options, mesh="data:2,model:2"))
+    jobs = [job(f"j{n}", n, new=4) for n in (1, 25, 3 * CHUNK + 5)]
+    with decode_worker(states) as one, decode_worker(wide) as four, prefill_worker(states) as from_one, prefill_worker(wide) as from_four:
+        expected = [run_local(one, j)[0] for j in jobs]
+        for got in (run_local(four, *jobs), run_remote(from_one, four, *jobs), run_remote(from_four, one, *jobs)):
+            for a, b in zip(expected, got, strict=True):
+                assert_same(a, b, tolerance=1e-3)
+
+
+def test_a_state_of_another_length_fails_its_request_only(states: Runner) -> None:
+    """It would be exact for another prompt."""
+    group = next(g for g, group in enumerate(states.spec.groups) if group.cache.kind == "state")
+    tensor = states.spec.groups[group].cache.tensors[0]
+    with decode_worker(states) as worker:
+        bad, done = Recorder(), Done()
+        worker.reserve(job("bad", 20), bad)
+        bad.wait(Admitted)
+        key = SegmentKey(group, 0, (0, 1), (18, 19), (0, tensor.heads))
+        block = np.zeros(key.shape(states.spec), np.float32)
+        with pytest.raises(InvalidInput, match=r"segment\.heads"):
+            worker.ingest("bad", dataclasses.replace(key, heads=(0, 99)), block, done)
+        worker.ingest("bad", key, block, done)
+        error = bad.end()
+        assert isinstance(error, Failed) and "segment.tokens" in str(error.error)
+        worker.commit("bad", Token(1, 0.0))
+    assert done.calls == 1
