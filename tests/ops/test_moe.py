@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from jax.test_util import check_grads
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.ops.moe import IMPLEMENTATIONS, default_implementation, experts_mlp, route
@@ -92,6 +91,7 @@ def routings(draw):
     return rules, 2 * rng.normal(size=(20, 12)).astype(np.float32), bias
 
 
+@settings(max_examples=40)
 @given(routings())
 def test_routes_as_the_rules_say(case):
     rules, logits, bias = case
@@ -184,7 +184,11 @@ def test_experts_are_hugging_faces(name, implementation):
     np.testing.assert_allclose(mlp(*inputs, 0, implementation=implementation), golden["output"], atol=2e-6)
 
 
+# Tokens, experts, experts per token, D, F: the same where the shape does not matter, so that it is compiled once.
+CASE = 40, 8, 3, 16, 12
+
 SHAPES = [
+    (*CASE, 0.0),
     (1, 1, 1, 8, 4, 0.0),
     (1, 16, 4, 16, 8, 0.0),
     (150, 5, 1, 16, 8, 9.0),
@@ -201,18 +205,18 @@ def test_every_implementation_is_the_weighted_sum(tokens, experts, top_k, width,
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shards_of_the_experts_and_of_their_width_add_up(implementation):
-    x, weights, experts, gate, up, down = case_of(30, 8, 3, 16, 12, skew=0.5)
+    x, weights, experts, gate, up, down = case_of(*CASE, skew=0.5)
     total = np.zeros(x.shape)
     for first in (0, 4):
         e = slice(first, first + 4)
         for f in (slice(0, 6), slice(6, 12)):
-            part = mlp(x, weights, experts, gate[e, f], up[e, f], down[e, :, f], jnp.int32(first), implementation=implementation)
+            part = mlp(x, weights, experts, gate[e, f], up[e, f], down[e, :, f], first, implementation=implementation)
             total += np.asarray(part, np.float64)
     np.testing.assert_allclose(total, whole(x, weights, experts, gate, up, down), atol=3e-6)
 
 
 def test_shards_of_a_mesh_add_up():
-    case = case_of(20, 8, 2, 16, 12)
+    case = case_of(*CASE)
     mesh = jax.make_mesh((2, 2), ("expert", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     wide, narrow = P("expert", "model"), P("expert", None, "model")
 
@@ -225,21 +229,21 @@ def test_shards_of_a_mesh_add_up():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("first", [4, 96])
+@pytest.mark.parametrize("first", [8, 96])
 def test_a_shard_that_nobody_asked_for_adds_nothing(first, implementation):
-    x, weights, experts, *projections = case_of(12, 4, 2, 16, 8)
+    x, weights, experts, *projections = case_of(*CASE)
     out = mlp(x, weights, experts + 50, *(np.full_like(p, np.inf) for p in projections), first, implementation=implementation)
     np.testing.assert_array_equal(out, np.zeros_like(x))
 
 
 @pytest.mark.parametrize("implementation", ["dense", "grouped"])
 def test_an_expert_that_overflows_spoils_only_its_own_tokens(implementation):
-    x, weights, experts, gate, up, down = case_of(24, 6, 2, 16, 8)
+    x, weights, experts, gate, up, down = case_of(*CASE)
     before = np.asarray(mlp(x, weights, experts, gate, up, down, 0, implementation=implementation))
     down[5] = np.inf
     spoiled = mlp(x, weights, experts, gate, up, down, 0, implementation=implementation)
     free = (experts != 5).all(axis=1)
-    assert 0 < free.sum() < 24
+    assert 0 < free.sum() < len(x)
     np.testing.assert_array_equal(spoiled[free], before[free])
     assert not np.isfinite(spoiled[~free]).all(axis=1).any()
 
@@ -251,9 +255,9 @@ def test_an_expert_that_overflows_spoils_only_its_own_tokens(implementation):
         ((64, 8, 2, 64, 48), None, 0.0),
         ((256, 8, 2, 64, 32), None, 0.0),
         ((200, 64, 4, 128, 96), None, 0.0),
-        ((8, 16, 4, 64, 32), "dense", 0.0),
+        (CASE, "dense", 0.0),
         ((200, 64, 4, 128, 96), "dense", 0.0),
-        ((64, 8, 2, 64, 48), "ragged", 1e-6),
+        (CASE, "ragged", 1e-6),
     ],
 )
 def test_a_token_does_not_depend_on_its_companions(shape, implementation, atol):
@@ -270,38 +274,47 @@ def test_a_token_does_not_depend_on_its_companions(shape, implementation, atol):
 
 @pytest.mark.parametrize("implementation", ["dense", "grouped"])
 def test_padding_changes_no_token(implementation):
-    x, weights, experts, *projections = case_of(40, 8, 2, 32, 16)
+    x, weights, experts, *projections = case_of(*CASE)
     before = np.asarray(mlp(x, weights, experts, *projections, 0, implementation=implementation))
     x[30:], experts[30:] = np.nan, experts[0]
     np.testing.assert_array_equal(mlp(x, weights, experts, *projections, 0, implementation=implementation)[:30], before[:30])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_flow_to_tokens_weights_and_experts(implementation):
-    x, weights, experts, *projections = map(jnp.asarray, case_of(19, 6, 2, 8, 12, skew=0.5))
+def gradients(form, x, weights, experts, *projections):
+    """Of the sum of sines, so that no two outputs weigh the same, to all but `experts`."""
 
-    def loss(form, x, weights, *projections):
+    def loss(x, weights, *projections):
         return jnp.sin(form(x, weights, experts, *projections)).sum()
 
-    form = functools.partial(experts_mlp, first_expert=0, implementation=implementation)
-    gradients = functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4))
-    got = jax.jit(gradients(functools.partial(loss, form)))(x, weights, *projections)
-    expected = jax.jit(gradients(functools.partial(loss, whole)))(x, weights, *projections)
-    for a, b in zip(got, expected, strict=True):
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(x, weights, *projections)
+
+
+@functools.cache
+def true_gradients():
+    return gradients(whole, *case_of(*CASE, skew=0.5))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_flow_to_tokens_weights_and_experts(implementation):
+    got = gradients(functools.partial(experts_mlp, first_expert=0, implementation=implementation), *case_of(*CASE, skew=0.5))
+    for a, b in zip(got, true_gradients(), strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_flow_through_the_router_but_not_into_the_bias():
     rules = {"top_k": 2, "scoring": "sigmoid", "num_groups": 2, "top_groups": 1, "renormalize": True, "scale": 2.0}
-    logits, bias = jnp.array([[0.1, -0.4, 0.7, 1.2]]), jnp.array([0.0, 0.1, 0.0, -0.2])
+    logits, bias, value = np.float32([[0.1, -0.4, 0.7, 1.2]]), np.float32([0.0, 0.1, 0.0, -0.2]), np.array([1.0, 3.0])
 
-    def loss(logits, bias):
-        return (route(logits, bias, **rules)[0] @ jnp.array([1.0, 3.0])).sum()
+    def slope(logit: int) -> float:
+        step = 1e-4 * np.eye(4)[logit]
+        above, below = (numpy_route(logits.astype(np.float64) + sign * step, bias, **rules)[0] @ value for sign in (1, -1))
+        return float((above - below)[0] / 2e-4)
 
-    check_grads(functools.partial(loss, bias=bias), (logits,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
-    of_logits, of_bias = jax.grad(loss, argnums=(0, 1))(logits, bias)
+    both = jax.jit(jax.grad(lambda logits, bias: (route(logits, bias, **rules)[0] @ value).sum(), argnums=(0, 1)))
+    of_logits, of_bias = both(logits, bias)
     assert np.flatnonzero(of_logits).tolist() == [2, 3] and not of_bias.any()
+    np.testing.assert_allclose(of_logits[0], [slope(logit) for logit in range(4)], atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -316,20 +329,10 @@ def test_bfloat16_products_add_up_in_float32(implementation):
     np.testing.assert_array_equal(out.astype(np.float32), 2 * 512.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_weights(implementation):
-    case = case_of(40, 8, 2, 32, 16)
-    x, weights, experts, *projections = (a.astype(ml_dtypes.bfloat16) if a.ndim == 3 or a is case[0] else a for a in case)
-    rounded = (a.astype(np.float32) for a in (x, weights, experts, *projections))
-    out = mlp(x, weights, experts, *projections, 0, implementation=implementation).astype(np.float32)
-    np.testing.assert_allclose(out, whole(*rounded), atol=2e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("shards", [1, 4])
-def test_only_blocks_with_tokens_are_computed(shards):
+def test_only_blocks_with_tokens_are_computed():
     """One shard of many has few of the assignments, yet must have room for all of them."""
     x, weights, experts, gate, up, down = case_of(64, 16, 4, 8, 8)
-    local = 16 // shards
+    local = 4
     size = block_size(experts.size, local)
     visits = []
 

@@ -45,7 +45,7 @@ def experts_mlp(
 
     Shard-local: the results of all shards of the experts, and of their width F, add up to the whole. Products add up in float32.
     Padding tokens cost time but change no other token. A token's result does not depend, bit for bit, on what its companions
-    are and where they go ("dense" on every platform, "grouped" on the CPU; "ragged" within rounding).
+    are and where they go, with "dense" and "grouped" on the CPU; otherwise within rounding.
 
     Args:
         x: tokens.
