@@ -27,13 +27,24 @@ class Answer:
         return self.first_at - self.usage.ttft_s + self.usage.parts.route
 
 
-def ask(address: str, question: str, max_new_tokens: int, on_text: Callable[[str], None], timeout_s: float = 600.0) -> Answer:
-    """Sends one chat message to a Generation service, greedily; `on_text` gets every piece of text as it comes, which may be empty.
-
-    A failed remote prefill is an error here, not a fallback. Raises GenerateFailed.
-    """
+def chat(question: str, max_new_tokens: int) -> generation_pb2.GenerateRequest:
+    """One chat message, to be answered greedily."""
     request = generation_pb2.GenerateRequest(max_new_tokens=max_new_tokens)
     request.chat.messages.add(role="user", content=question)
+    return request
+
+
+def token_prompt(ids: Sequence[int], max_new_tokens: int) -> generation_pb2.GenerateRequest:
+    """A prompt of token ids, to be continued greedily, past any end-of-text token."""
+    ids_message = generation_pb2.TokenIds(ids=ids)
+    return generation_pb2.GenerateRequest(token_ids=ids_message, max_new_tokens=max_new_tokens, ignore_eos=True)
+
+
+def ask(address: str, request: generation_pb2.GenerateRequest, on_text: Callable[[str], None], timeout_s: float = 600.0) -> Answer:
+    """Sends a request to a Generation service; `on_text` gets every piece of the answer as it comes, which may be empty.
+
+    The answer to token ids are token ids. A failed remote prefill is an error here, not a fallback. Raises GenerateFailed.
+    """
     pieces, first_at, usage = [], None, generation_pb2.Usage()
     with grpc.insecure_channel(address, options=FRONT_CHANNEL_OPTIONS) as channel:
         try:
@@ -42,8 +53,8 @@ def ask(address: str, question: str, max_new_tokens: int, on_text: Callable[[str
                     usage = event.usage
                     continue
                 first_at = first_at or time.monotonic()
-                pieces.append(event.token.text)
-                on_text(event.token.text)
+                pieces.append(f"{event.token.id} " if request.HasField("token_ids") else event.token.text)
+                on_text(pieces[-1])
         except grpc.RpcError as error:
             raise GenerateFailed(error) from error
     assert first_at is not None  # an OK status without a token would break the service's contract
@@ -74,18 +85,17 @@ def question_about(text: str, instruction: str, tokens: int, tokenizer: Tokenize
 
 
 def violations(
-    local: generation_pb2.Usage, remote: generation_pb2.Usage, bytes_per_token: int, prefilled_by_decode: int, passed_link: int
+    local: generation_pb2.Usage, remote: generation_pb2.Usage, expected: int, prefilled_by_decode: int, passed_link: int
 ) -> list[str]:
     """What is wrong with the run; empty when it is valid.
 
     Args:
         local: usage of the short prompt.
         remote: usage of the long one.
-        bytes_per_token: canonical KV bytes of a token, computed here and not taken from the servers.
+        expected: canonical KV bytes of the long prompt, computed by the caller and not taken from the servers.
         prefilled_by_decode: prompt tokens that the decode server's engine has computed since it started.
         passed_link: bytes that have come down the link.
     """
-    expected = remote.prompt_tokens * bytes_per_token
     rules = {
         f"the short prompt was prefilled {local.placement}ly": local.placement == "local",
         f"the long prompt was prefilled {remote.placement}ly": remote.placement == "remote",

@@ -39,11 +39,11 @@ LOCAL = {"placement": "local", "prompt_tokens": 40}
 REMOTE = {"placement": "remote", "prompt_tokens": 100, "kv_bytes_moved": 1000, "kv_bytes_expected": 1000}
 
 
-def judge(local=None, remote=None, bytes_per_token=10, prefilled=40, passed=1001):
+def judge(local=None, remote=None, expected=1000, prefilled=40, passed=1001):
     usages = [generation_pb2.Usage(**base, **(more or {})) for base, more in ((LOCAL, None), (REMOTE, None))]
     for usage, more in zip(usages, (local, remote), strict=True):
         usage.MergeFrom(generation_pb2.Usage(**(more or {})))
-    return violations(*usages, bytes_per_token, prefilled, passed)
+    return violations(*usages, expected, prefilled, passed)
 
 
 def test_a_sound_run_passes():
