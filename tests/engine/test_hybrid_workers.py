@@ -94,7 +94,7 @@ def test_slots_are_waited_for_and_come_back(states: Runner) -> None:
             worker.prefill_local(j.ticket)
         for sink, expected in zip(sinks, alone, strict=True):
             assert sink.end() == Finished("length")
-            assert_same(expected, sink, tolerance=1e-4)
+            assert_same(expected, sink, tolerance=1e-3)  # prompts that share a step
 
 
 def test_a_slot_of_an_aborted_request_starts_empty_for_the_next(states: Runner) -> None:
