@@ -1,5 +1,6 @@
 """Hugging Face transformers as an oracle in another process, with the very weights of one of our models."""
 
+import dataclasses
 import json
 import os
 import select
@@ -14,6 +15,7 @@ from flax import nnx
 
 from prfaas_jax.errors import EngineFailed, InvalidInput
 from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.layer_config import AttentionConfig, DenseConfig
 from prfaas_jax.models.params import flat_names
 
 _WORKER = Path(__file__).with_name("hf_worker.py")
@@ -31,38 +33,48 @@ def oracle_missing(python: str) -> str | None:
 
 
 def export_hf(path: Path, config: ModelConfig, params: nnx.State) -> None:
-    """Writes config.json and model.safetensors in float32, the inverse of models/hf.py. Needs the `safetensors` package."""
+    """Writes config.json and model.safetensors of a Llama or Qwen3 model in float32, the inverse of models/hf.py.
+
+    Needs the `safetensors` package. Raises InvalidInput for any other model.
+    """
     from safetensors.numpy import save_file
 
-    from prfaas_jax.models.hf import NAMES
+    from prfaas_jax.models.hf_names import hf_sources
 
-    if config.attention_bias or config.rope_scaling is not None:
-        raise InvalidInput("model", config.name, "no attention bias and no rope scaling: export_hf writes neither")
-    architecture, kind = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+    mixer, mlp = config.layers[0].mixer, config.layers[0].mlp
+    if not isinstance(mixer, AttentionConfig) or not isinstance(mlp, DenseConfig) or mixer.rope is None:
+        raise InvalidInput("model", config.name, "a Llama or Qwen3 model")
+    shape = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads, "head_dim": mixer.head_dim}
+    others = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "layers"}
+    qwen = mixer.qk_norm == "head"
+    plain = ModelConfig.dense(
+        **others, **shape, num_layers=config.num_layers, intermediate_size=mlp.intermediate_size, rope_theta=mixer.rope.theta, qk_norm=qwen
+    )
+    if plain != config or config.norm_offset or config.post_norms or config.normalized_residual or config.embed_scale != 1.0:
+        raise InvalidInput("model", config.name, "a Llama or Qwen3 model without attention bias and rope scaling")
+    architecture, kind = ("Qwen3ForCausalLM", "qwen3") if qwen else ("LlamaForCausalLM", "llama")
     fields = {
         "architectures": [architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": mixer.head_dim,
+        "intermediate_size": mlp.intermediate_size,
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": mixer.rope.theta,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
         "torch_dtype": "float32",
     }
+    arrays = {name: np.asarray(leaf[...]).astype(np.float32, copy=False) for name, leaf in flat_names(params).items()}
     tensors: dict[str, np.ndarray] = {}
-    for name, leaf in flat_names(params).items():
-        array = np.asarray(leaf[...]).astype(np.float32, copy=False)
-        if "{}" in NAMES[name]:
-            tensors |= {NAMES[name].format(layer): np.ascontiguousarray(array[layer]) for layer in range(config.num_layers)}
-        else:
-            tensors[NAMES[name]] = np.ascontiguousarray(array)
+    for source in hf_sources(config, architecture):
+        (part,) = source.parts
+        tensors[source.names[0]] = np.ascontiguousarray(arrays[part.name][part.index])
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
