@@ -53,7 +53,7 @@ def ask(address: str, request: generation_pb2.GenerateRequest, on_text: Callable
                     usage = event.usage
                     continue
                 first_at = first_at or time.monotonic()
-                pieces.append(f"{event.token.id} " if request.HasField("token_ids") else event.token.text)
+                pieces.append(f"{event.token.token.id} " if request.HasField("token_ids") else event.token.text)
                 on_text(pieces[-1])
         except grpc.RpcError as error:
             raise GenerateFailed(error) from error
