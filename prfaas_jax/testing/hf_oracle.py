@@ -44,11 +44,17 @@ def export_hf(path: Path, config: ModelConfig, params: nnx.State) -> None:
     mixer, mlp = config.layers[0].mixer, config.layers[0].mlp
     if not isinstance(mixer, AttentionConfig) or not isinstance(mlp, DenseConfig) or mixer.rope is None:
         raise InvalidInput("model", config.name, "a Llama or Qwen3 model")
-    shape = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads, "head_dim": mixer.head_dim}
     others = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "layers"}
     qwen = mixer.qk_norm == "head"
     plain = ModelConfig.dense(
-        **others, **shape, num_layers=config.num_layers, intermediate_size=mlp.intermediate_size, rope_theta=mixer.rope.theta, qk_norm=qwen
+        **others,
+        num_layers=config.num_layers,
+        num_heads=mixer.num_heads,
+        num_kv_heads=mixer.num_kv_heads,
+        head_dim=mixer.head_dim,
+        intermediate_size=mlp.intermediate_size,
+        rope_theta=mixer.rope.theta,
+        qk_norm=qwen,
     )
     if plain != config or config.norm_offset or config.post_norms or config.normalized_residual or config.embed_scale != 1.0:
         raise InvalidInput("model", config.name, "a Llama or Qwen3 model without attention bias and rope scaling")
