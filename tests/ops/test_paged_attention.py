@@ -131,6 +131,31 @@ def test_asking_for_what_cannot_be_is_an_error():
         run(case, q, 1.0, "flash")
 
 
+def test_values_of_another_width_and_sinks():
+    rng = np.random.default_rng(2)
+    case = oracle.paged_case(rng, [0, 5, 130], 1, kv_heads=2, head_dim=24, value_dim=16, page_size=16, dtype=DTYPES["float32"])
+    q, sinks = rng.standard_normal((3, 6, 24)).astype(np.float32), rng.standard_normal(6).astype(np.float32) * 3
+    k_new, v_new = (np.stack([row[-1] for row in rows]) for rows in (case.k, case.v))
+    out = attention(
+        q, k_new, v_new, case.k_pool, case.v_pool, case.table, case.cached, jnp.int32(case.layer), sinks=sinks,
+        pages_per_layer=case.pages_per_layer, scale=0.2,
+    )  # fmt: skip
+    rows = zip(q, case.k, case.v, case.cached, strict=True)
+    want = np.stack([oracle.attend(x[None], k, v, 0.2, int(n), sinks=sinks)[0] for x, k, v, n in rows])
+    np.testing.assert_allclose(out, want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("cuda", "pallas_gpu"), ("tpu", "pallas_tpu")])
+def test_kernels_refuse_values_of_another_width_and_sinks(platform, kernel):
+    shape = {"head_dim": 128, "page_size": 16, "group": 4}
+    assert ops.supports(kernel, **shape, value_dim=128) is None
+    for extra, reason in (({"value_dim": 64}, "value_dim=64 is not head_dim=128"), ({"sinks": True}, "sinks")):
+        assert ops.supports("xla", **shape, **extra) is None
+        assert reason in (ops.supports(kernel, **shape, **extra) or "")
+        name, why = ops.default_implementation(platform, **shape, **extra)
+        assert name == "xla" and reason in why
+
+
 def test_no_implementation_copies_the_pool():
     """Compiled temporaries do not grow with the pool, also when the layer is traced."""
 

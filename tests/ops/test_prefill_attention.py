@@ -52,6 +52,20 @@ def test_matches_dense_attention(tokens, cached, page_size, group, head_dim, dty
     np.testing.assert_allclose(run(case, q).astype(np.float64), expected(case, q), atol=tolerance, rtol=tolerance)
 
 
+def test_values_of_another_width_and_sinks():
+    rng = np.random.default_rng(2)
+    case = oracle.paged_case(rng, [0, 70], 40, kv_heads=2, head_dim=24, value_dim=16, page_size=16, dtype=F32)
+    q, sinks = rng.standard_normal((2, 40, 6, 24)).astype(F32), rng.standard_normal(6).astype(F32) * 3
+    k_new, v_new = (np.stack([row[-40:] for row in rows]) for rows in (case.k, case.v))
+    out = attention(
+        q, k_new, v_new, case.k_pool, case.v_pool, case.table, case.cached, jnp.int32(case.layer), sinks=sinks,
+        pages_per_layer=case.pages_per_layer, scale=0.2,
+    )  # fmt: skip
+    rows = zip(q, case.k, case.v, case.cached, strict=True)
+    want = np.stack([oracle.attend(x, k, v, 0.2, int(n), sinks=sinks) for x, k, v, n in rows])
+    np.testing.assert_allclose(out, want, atol=2e-6, rtol=2e-6)
+
+
 def case_of(lengths: list[int], tokens: int, page_size: int) -> tuple[oracle.PagedCase, np.ndarray]:
     """A case whose rows are a function of their prefix length only, in a table of fixed width in tokens."""
     case = oracle.paged_case(

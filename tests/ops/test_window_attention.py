@@ -1,7 +1,6 @@
 """Window attention over rings against dense float64 attention; what prefill leaves in the rings, and decode on top of it."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ F32 = np.dtype(np.float32)
 prefill = jax.jit(window_prefill, static_argnames=("slots_per_layer", "window", "scale"))
 decode = jax.jit(window_decode, static_argnames=("slots_per_layer", "scale"))
 write = jax.jit(write_rings, static_argnames=("slots_per_layer", "window"))
+write_token = jax.jit(write_tokens, static_argnames="pages_per_layer")
 
 
 def ring(window: int, width: int, dtype: np.dtype = F32) -> np.ndarray:
@@ -76,9 +76,8 @@ def run_decode(rows, lengths: list[int], window: int, slots: list[int], sinks: n
 
 @pytest.mark.parametrize(
     ("window", "tokens", "sinks"),
-    [(1, 5, False), (7, 1, True), (7, 30, True), (7, 300, False), (16, 16, True), (128, 64, False), (128, 300, True), (300, 200, False),
-     (511, 64, True)],
-)  # fmt: skip
+    [(1, 5, True), (7, 1, False), (7, 300, False), (128, 64, True), (300, 200, False), (511, 64, True)],
+)
 def test_prefill_matches_dense_attention(window, tokens, sinks):
     starts = [0, 1, max(0, window - 1), window, window + 1, 3 * window + 7]
     rows = [row(i, start + tokens) for i, start in enumerate(starts)]
@@ -90,7 +89,7 @@ def test_prefill_matches_dense_attention(window, tokens, sinks):
         np.testing.assert_allclose(got, attend(q[start:], k, v, SCALE, start, window, sink), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(1, False), (7, True), (128, True), (300, False)])
+@pytest.mark.parametrize(("window", "sinks"), [(1, False), (128, True), (300, False)])
 def test_decode_matches_dense_attention(window, sinks):
     lengths = [0, 1, max(0, window - 1), window, window + 1, 3 * window + 7]
     rows = [row(i, length + 1) for i, length in enumerate(lengths)]
@@ -101,17 +100,16 @@ def test_decode_matches_dense_attention(window, sinks):
 
 
 def test_bfloat16():
-    dtype, window, tokens = np.dtype(ml_dtypes.bfloat16), 20, 40
+    window, tokens = 20, 40
     for start in (0, 31):
-        q, k, v = request = row(start, start + tokens, dtype)
+        q, k, v = request = row(start, start + tokens, np.dtype(ml_dtypes.bfloat16))
         expected = attend(q, k, v, SCALE, 0, window)
-        np.testing.assert_allclose(
-            run_prefill([request], [start], tokens, window, [3])[0].astype(np.float64), expected[start:], atol=2e-2, rtol=2e-2
-        )
-        np.testing.assert_allclose(run_decode([request], [start], window, [3])[0].astype(np.float64), expected[start], atol=2e-2, rtol=2e-2)
+        prefilled, decoded = run_prefill([request], [start], tokens, window, [3])[0], run_decode([request], [start], window, [3])[0]
+        np.testing.assert_allclose(prefilled.astype(np.float64), expected[start:], atol=2e-2, rtol=2e-2)
+        np.testing.assert_allclose(decoded.astype(np.float64), expected[start], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize(("window", "tokens", "start"), [(7, 64, 0), (128, 200, 256), (300, 64, 320)])
+@pytest.mark.parametrize(("window", "tokens", "start"), [(7, 64, 0), (300, 200, 320)])
 def test_a_prefilled_row_does_not_depend_on_its_companions_its_position_or_its_slot(window, tokens, start):
     request, other = row(1, start + tokens), row(2, 1000 + tokens)
     alone = run_prefill([request, other, other], [start, 0, 0], tokens, window, [1, 2, 3])[0]
@@ -120,7 +118,7 @@ def test_a_prefilled_row_does_not_depend_on_its_companions_its_position_or_its_s
         np.testing.assert_array_equal(run_prefill(rows, starts, tokens, window, slots)[position], alone)
 
 
-@pytest.mark.parametrize(("window", "length"), [(7, 0), (7, 5), (128, 700), (300, 299)])
+@pytest.mark.parametrize(("window", "length"), [(7, 0), (7, 5), (300, 299), (300, 700)])
 def test_a_decoded_row_does_not_depend_on_its_companions_its_position_or_its_slot(window, length):
     request, other = row(1, length + 1), row(2, 1001)
     alone = run_decode([request] + [other] * 4, [length, 0, 0, 0, 0], window, [1, 0, 0, 0, 0])[0]
@@ -130,18 +128,19 @@ def test_a_decoded_row_does_not_depend_on_its_companions_its_position_or_its_slo
 
 
 def test_padding_at_the_end_of_a_row_changes_nothing_before_it():
-    q, k, v = row(1, 340)
-    before = run_prefill([(q, k, v)], [40], 300, 7, [1])
+    q, k, v = row(1, 104)
+    before = run_prefill([(q, k, v)] * 3, [40] * 3, 64, 7, [1, 2, 3])
     k[-10:], v[-10:] = 1e20, 1e20
-    np.testing.assert_array_equal(run_prefill([(q, k, v)], [40], 300, 7, [1])[0, :-10], before[0, :-10])
+    np.testing.assert_array_equal(run_prefill([(q, k, v)] * 3, [40] * 3, 64, 7, [1, 2, 3])[:, :-10], before[:, :-10])
 
 
 def test_keys_far_before_the_window_are_not_read():
     """What makes a long chunk's cost grow with its length and not its square: a NaN that is read is not silenced by a weight of zero."""
-    q, k, v = row(4, 1000)
-    expected = attend(q, k, v, SCALE, 0, 128)
-    k[:300], v[:300] = np.nan, np.nan
-    np.testing.assert_allclose(run_prefill([(q, k, v)], [0], 1000, 128, [1])[0, 640:], expected[640:], atol=2e-6, rtol=2e-6)
+    q, k, v = row(4, 300)
+    expected = attend(q, k, v, SCALE, 0, 7)
+    k[:128], v[:128] = np.nan, np.nan
+    out = run_prefill([(q, k, v)] * 2, [0, 0], 300, 7, [4, 2])
+    np.testing.assert_allclose(out[0, 256:], expected[256:], atol=2e-6, rtol=2e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -165,7 +164,7 @@ def test_rings_hold_the_last_window_after_any_chunks(data):
     for b in range(batch):
         check_ring(np.asarray(pool), tokens[b], slot[b], length[b])
     new = np.stack([tokens[b, :, n] for b, n in enumerate(length)], axis=1)
-    pool = write_tokens(pool, new, slot, length % window, pages_per_layer=SLOTS)
+    pool = write_token(pool, new, slot, length % window, pages_per_layer=SLOTS)
     for b in range(batch):
         check_ring(np.asarray(pool), tokens[b], slot[b], length[b] + 1)
 
@@ -193,15 +192,15 @@ def test_the_tail_is_in_order_of_position_and_zero_before_the_first_token():
     np.testing.assert_array_equal(offset[0], np.arange(7, 13) % window)
 
 
-@pytest.mark.parametrize(("window", "chunks"), [(7, [64, 1, 64]), (40, [100, 64, 30, 7])])
-def test_chunks_then_decode_equal_one_long_attention(window, chunks):
+def test_chunks_then_decode_equal_one_long_attention():
     """The life of a request: chunks move from slot to slot, then tokens are decoded one by one."""
+    window, bucket, chunks = 40, 64, [64, 30, 1, 64]
     total = sum(chunks) + 5
     q, k, v = row(3, total)
     pools = jnp.asarray(ring(window, HEAD_DIM)), jnp.asarray(ring(window, VALUE_DIM))
     shape, expected, start = {"slots_per_layer": SLOTS}, attend(q, k, v, SCALE, 0, window), 0
     for i, valid in enumerate(chunks):
-        bucket, part = 64 * math.ceil(valid / 64), slice(start, start + valid)
+        part = slice(start, start + valid)
         queries, *new = (np.pad(x[part], ((0, bucket - valid), (0, 0), (0, 0)))[None] for x in (q, k, v))
         read_slot, write_slot = (np.array([s], np.int32) for s in (i, i + 1))
         at, count = np.array([start], np.int32), np.array([valid], np.int32)
@@ -217,7 +216,7 @@ def test_chunks_then_decode_equal_one_long_attention(window, chunks):
         out = decode(q[n][None], k[n][None], v[n][None], *pools, slot, np.array([n]), jnp.int32(LAYER), **shape, scale=SCALE)
         np.testing.assert_allclose(out[0], expected[n], atol=2e-6, rtol=2e-6)
         pools = tuple(
-            write_tokens(p, x[n][None, None], slot, np.array([n % window]), pages_per_layer=SLOTS, first_layer=LAYER)
+            write_token(p, x[n][None, None], slot, np.array([n % window]), pages_per_layer=SLOTS, first_layer=LAYER)
             for p, x in zip(pools, (k, v), strict=True)
         )
 
