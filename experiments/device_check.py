@@ -3,9 +3,9 @@
     python -m experiments.device_check                       (writes results/<device>/*.json)
     python -m experiments.device_check --models=qwen3_0_6b   (measures only this model)
 
-Each op implementation against dense float64 attention, colocated against exported and ingested KV in float32 and bfloat16, bytes
-through pinned host memory, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth. On a CPU only ops and
-a toy's equivalence are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
+Each op implementation against a float64 reference, colocated against exported and ingested KV in float32 and bfloat16, bytes through
+pinned host memory, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth. On a CPU only ops and the
+equivalence of toys are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where to write; default: results/<device>")
-MODELS = flags.DEFINE_list("models", ["smollm2_135m", "qwen3_0_6b", "qwen3_8b"], "models to measure, in bfloat16")
+MODELS = flags.DEFINE_list("models", ["smollm2_135m", "qwen3_0_6b", "qwen3_8b", "hybrid_bench"], "models to measure, in bfloat16")
 CONTEXT = flags.DEFINE_integer("context", 2048, "prompt tokens per request when measuring")
 BATCH = flags.DEFINE_integer("batch", 32, "decode rows when measuring")
 
 _CHUNK = 256
-_TOY = "qwen3_toy"
-# Between the toy, whose shapes no kernel takes, and the real ones: two layers of a real width.
+# Dense, and the caches of every kind: states and latents, windows.
+_TOYS = ("qwen3_toy", "kimi_linear_toy", "mimo_toy")
+# Between the toys, whose shapes no kernel takes, and the real ones: two layers of a real width.
 _SMALL = "qwen3_0_6b"
 
 
@@ -41,9 +42,10 @@ def _equivalence(platform: str) -> list[dict[str, Any]]:
 
     chunk = 64 if platform == "cpu" else _CHUNK
     lengths = [1, 17, chunk - 1, chunk + 1, 3 * chunk + 5]
-    configs = [load_model_config(_TOY)]
+    configs = [load_model_config(name) for name in _TOYS]
     if platform != "cpu":
-        configs.append(dataclasses.replace(load_model_config(_SMALL), num_layers=2))
+        small = load_model_config(_SMALL)
+        configs.append(dataclasses.replace(small, layers=small.layers[:2]))
     found = []
     for config in configs:
         for dtype in ("float32", "bfloat16"):
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> None:
     skipped += not_measured
     workdir.write_json("engine.json", {"measured": engines, "skipped": not_measured})
 
-    failed = [f"{r['op']} {r['dtype']} head_dim={r['head_dim']} page_size={r['page_size']}: {r['max_error']}" for r in ops if not r["ok"]]
+    failed = [f"{r['op']} {r['dtype']} {r['shape']}: {r['max_error']}" for r in ops if not r["ok"]]
     failed += [f"equivalence {e['model']} {e['dtype']} {m}" for e in equivalence for m in e["mismatches"]]
     failed += ["staging: bytes differ"] if staging and not staging["ok"] else []
     rates = ("prefill_tok_s", "mfu", "decode_tok_s", "bandwidth_share", "weights")

@@ -6,7 +6,7 @@ in its pool does that pool ride in the carry.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,14 +117,17 @@ class PrefillCache(_StepCache):
     ) -> tuple[Float[Array, "B T N Hv"], Any]:
         """See `Cache.attend`."""
         plan, pools, index = self.plan, self.pools[place.group], jnp.asarray(place.index)
-        shared = (_HEADS, _KV, _KV, *self._pool_axes(place.group))
+        op: Callable[..., jax.Array]
+        where_axes: tuple[str | None, ...]
         if config.window is None:
             op = functools.partial(prefill_attention, pages_per_layer=self._pages(place), scale=config.softmax_scale)
-            run = self.island(op, (*shared, _TABLE, _ROW, _LAYER), _HEADS)
-            return run(q, k, v, *pools, plan.table, plan.start, index), carry
-        ring = functools.partial(window_prefill, slots_per_layer=self._pages(place), window=config.window, scale=config.softmax_scale)
-        run = self.island(lambda *a: ring(*a[:-1], sinks=a[-1]), (*shared, _ROW, _ROW, _LAYER, ("heads",)), _HEADS)
-        return run(q, k, v, *pools, plan.read_slot, plan.start, index, sinks), carry
+            where, where_axes = plan.table, _TABLE
+        else:
+            op = functools.partial(window_prefill, slots_per_layer=self._pages(place), window=config.window, scale=config.softmax_scale)
+            where, where_axes = plan.read_slot, _ROW
+        axes = (_HEADS, _KV, _KV, *self._pool_axes(place.group), where_axes, _ROW, _LAYER, ("heads",))
+        run = self.island(lambda *a: op(*a[:-1], sinks=a[-1]), axes, _HEADS)
+        return run(q, k, v, *pools, where, plan.start, index, sinks), carry
 
     def attend_latent(
         self,
@@ -207,24 +210,25 @@ class DecodeCache(_StepCache):
     ) -> tuple[Float[Array, "B 1 N Hv"], Pools]:
         """See `Cache.attend`."""
         plan, group, index = self.plan, place.group, jnp.asarray(place.index)
-        heads, kv = ("batch", "heads", None), ("batch", "kv_heads", None)
-        shared = (heads, kv, kv, *self._pool_axes(group))
-        one = (q[:, 0], k[:, 0], v[:, 0])
-        if config.window is not None:
-            ring = functools.partial(window_decode, slots_per_layer=self._pages(place), scale=config.softmax_scale)
-            run = self.island(lambda *a: ring(*a[:-1], sinks=a[-1]), (*shared, _ROW, _ROW, _LAYER, ("heads",)), heads)
-            return run(*one, *self.pools[group], plan.slot, plan.length, index, sinks)[:, None], carry
-        pools = self.pools[group]
+        pools, op = self.pools[group], self._attention(place, config)
         if self.in_pool[group]:
             pools = self._write_layer(group, carry[group], (k, v), index)
             carry = (*carry[:group], pools, *carry[group + 1 :])
-        op = functools.partial(
+        where, where_axes = (plan.table, _TABLE) if config.window is None else (plan.slot, _ROW)
+        heads, kv = ("batch", "heads", None), ("batch", "kv_heads", None)
+        axes = (heads, kv, kv, *self._pool_axes(group), where_axes, _ROW, _LAYER, ("heads",))
+        run = self.island(lambda *a: op(*a[:-1], sinks=a[-1]), axes, heads)
+        return run(q[:, 0], k[:, 0], v[:, 0], *pools, where, plan.length, index, sinks)[:, None], carry
+
+    def _attention(self, place: Place, config: AttentionConfig) -> Callable[..., jax.Array]:
+        if config.window is not None:
+            return functools.partial(window_decode, slots_per_layer=self._pages(place), scale=config.softmax_scale)
+        return functools.partial(
             paged_attention,
             pages_per_layer=self._pages(place),
             scale=config.softmax_scale,
-            implementation=self.implementations[group],
+            implementation=self.implementations[place.group],
         )
-        return self.island(op, (*shared, _TABLE, _ROW, _LAYER), heads)(*one, *pools, plan.table, plan.length, index)[:, None], carry
 
     def attend_latent(
         self,

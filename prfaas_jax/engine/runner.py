@@ -47,11 +47,12 @@ def choose_implementations(config: ModelConfig, options: EngineOptions, platform
             continue
         heads = mixer.num_heads // mixer.num_kv_heads
         shape = {"head_dim": mixer.head_dim, "value_dim": mixer.values, "page_size": options.page_size, "group": heads}
+        sinks = mixer.sinks
         if wanted is None:
-            name, reason = default_implementation(platform, **shape)
+            name, reason = default_implementation(platform, **shape, sinks=sinks)
             logging.info("paged attention: %s (%s)", name, reason)
             chosen.append(name)
-        elif reason_not := supports(wanted, **shape):
+        elif reason_not := supports(wanted, **shape, sinks=sinks):
             raise InvalidInput("paged_attention", wanted, f"another one for {config.name}: {reason_not}")
         else:
             chosen.append(wanted)

@@ -134,7 +134,8 @@ class Transformer(nnx.Module):
         def body(state: tuple[jax.Array, Any], repeat: tuple[jax.Array, PyTree]) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
             (x, carry), (index, weights) = state, repeat
             news = []
-            for position, block in enumerate(nnx.merge(graph, weights)):
+            blocks: nnx.List[Block] = nnx.merge(graph, weights)
+            for position, block in enumerate(blocks):
                 x, carry, new = block(x, places.in_body(position, index), step, carry)
                 news.append(new)
             return (x, carry), tuple(news)

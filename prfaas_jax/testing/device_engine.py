@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import queue
 import statistics
 from collections.abc import Sequence
@@ -11,15 +12,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from prfaas_jax.engine import flops
 from prfaas_jax.engine.api import Admitted, Event, Failed, Finished, Job, PrefillDone, SamplingParams, SegmentReady, Token
 from prfaas_jax.engine.decode import DecodeWorker
 from prfaas_jax.engine.offline import complete
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
-from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.runner import Runner, pool_geometry
 from prfaas_jax.engine.targets import Chip
 from prfaas_jax.errors import EngineFailed
-from prfaas_jax.kvcache.spec import DTYPE_BYTES
+from prfaas_jax.kvcache.pools import pool_shapes
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, cache_spec
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.params import init_random
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
@@ -92,7 +95,7 @@ def _disaggregated(sender: PrefillWorker, receiver: DecodeWorker, job: Job) -> t
     for event in seen:
         if isinstance(event, SegmentReady):
             key, payload = event.segment.key, event.segment.payload
-            carrier = np.uint16 if sender.spec.groups[0].cache.tensors[key.tensor].dtype == "bfloat16" else np.float32
+            carrier = np.uint16 if key.tensor_spec(sender.spec).dtype == "bfloat16" else np.float32
             receiver.ingest(job.ticket, key, np.frombuffer(payload, carrier).reshape(key.shape(sender.spec)), lambda: None)
             moved += payload.nbytes
     seen.clear()
@@ -103,8 +106,10 @@ def _disaggregated(sender: PrefillWorker, receiver: DecodeWorker, job: Job) -> t
 
 def needed_bytes(config: ModelConfig, options: EngineOptions) -> int:
     """Weights and pools; steps take little more."""
-    pools = 2 * config.num_layers * options.pages_per_shard(1) * options.page_size * config.num_kv_heads * config.head_dim
-    return (config.num_params() + pools) * DTYPE_BYTES[config.dtype]
+    spec = cache_spec(config)
+    shapes = pool_shapes(spec, pool_geometry(spec, options, 1), Sharder(make_mesh(MeshSpec()), "decode"))
+    pools = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(shapes))
+    return config.num_params() * DTYPE_BYTES[config.dtype] + pools
 
 
 def bench_options(config: ModelConfig, context: int, batch: int, chunk: int) -> EngineOptions:
@@ -119,7 +124,7 @@ def measure(
     """Prefill and decode rates of one model, and their shares of the device's peaks (None where those are not known).
 
     Prefill: one prompt of `context` tokens, chunk by chunk. Decode: `batch` rows behind `context` tokens each. Flops are 2 per
-    weight and token plus 4 H per head and pair of tokens in attention, by formula: kernels hide theirs from the compiler.
+    weight and token plus what attention, recurrences and experts multiply, by formula (engine/flops.py): kernels hide theirs.
     """
     runner = Runner(config, bench_options(config, context, batch, chunk), params, config.fingerprint())
     runner.warmup(prefill=True, decode=True, ingest=False)
@@ -130,18 +135,21 @@ def measure(
     decode_s = statistics.median(bench.decode(batch, 16)[0])
 
     embedding = config.vocab_size * config.hidden_size
-    weights = config.num_params() - (0 if config.tie_embeddings else embedding)
-    pair = 4 * config.head_dim * config.num_heads * config.num_layers
-    prefill_flops = 2 * (weights - embedding) * context + 2 * embedding + pair * context * (context + 1) // 2
-    decode_bytes = weights * DTYPE_BYTES[config.dtype] + batch * runner.spec.bytes(context)
+    inner = sum(flops.island_flops(config, flops.Work.prefill(1, context, context), flops.Spread()).values())
+    experts = sum(flops.mlp_flops(layer.mlp, config.hidden_size, flops.Work.prefill(1, context, context)) for layer in config.layers)
+    # Experts are among the weights already.
+    prefill_flops = 2 * flops.matmul_params(config) * context + 2 * embedding + inner - experts
+    decoding = flops.Work.decoding(batch, context)
+    unread = flops.unread_parameter_bytes(config, decoding, flops.Spread())
+    decode_bytes = config.num_params() * DTYPE_BYTES[config.dtype] - unread + flops.cache_bytes(config, decoding, flops.Spread())
     result: dict[str, Any] = {
         "model": config.name,
         "dtype": config.dtype,
-        "paged_attention": runner.steps.implementation,
+        "paged_attention": [name for name in runner.steps.implementations if name is not None],
         "context": context,
         "batch": batch,
         "chunk": chunk,
-        "flops": "2 per weight and token plus attention, by formula",
+        "flops": "2 per weight and token plus attention and recurrences, by formula",
         "prefill_tok_s": context / prefill_s,
         "prefill_flops": prefill_flops,
         "mfu": prefill_flops / prefill_s / chip.peak_flops(config.dtype) if chip else None,

@@ -1,4 +1,4 @@
-"""The ops on whatever device is here, against dense float64 attention on the host, and staging through pinned host memory."""
+"""The ops on whatever device is here, against float64 references on the host, and staging through pinned host memory."""
 
 import functools
 import time
@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, needs_current_in_pool, paged_attention, supports
 from prfaas_jax.ops.pool_write import gather_tokens, write_tokens
 from prfaas_jax.ops.prefill_attention import prefill_attention
+from prfaas_jax.testing import device_hybrid_ops
 from prfaas_jax.testing.attention_cases import PagedCase, attend, paged_case
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -39,11 +40,16 @@ def check_ops(platform: str) -> tuple[list[Row], list[str]]:
                 else:
                     rows.append(_decode(name, dtype, group, head_dim, page_size))
         rows.append(_round_trip(dtype))
+        rows += [_row(op, dtype, shape, error, TOLERANCE[dtype]) for op, shape, error in device_hybrid_ops.check(dtype)]
     return rows, skipped
 
 
-def _row(op: str, dtype: str, shape: tuple[int, ...], error: float, tolerance: float) -> Row:
-    row = {"op": op, "dtype": dtype, "group": shape[0], "head_dim": shape[1], "page_size": shape[2]}
+def _attention_row(op: str, dtype: str, shape: tuple[int, int, int], error: float, tolerance: float) -> Row:
+    return _row(op, dtype, "group {}, head_dim {}, page_size {}".format(*shape), error, tolerance)
+
+
+def _row(op: str, dtype: str, shape: str, error: float, tolerance: float) -> Row:
+    row = {"op": op, "dtype": dtype, "shape": shape}
     # A NaN is not within any tolerance.
     return {**row, "max_error": error if np.isfinite(error) else None, "tolerance": tolerance, "ok": bool(error <= tolerance)}
 
@@ -74,7 +80,7 @@ def _decode(name: str, dtype: str, group: int, head_dim: int, page_size: int) ->
     # The TPU kernel rounds keys and values to bfloat16 whatever the pool holds.
     tolerance = TOLERANCE["bfloat16" if name == "pallas_tpu" else dtype]
     error = np.abs(np.asarray(out).astype(np.float64) - expected).max()
-    return _row(f"paged_attention/{name}", dtype, (group, head_dim, page_size), float(error), tolerance)
+    return _attention_row(f"paged_attention/{name}", dtype, (group, head_dim, page_size), float(error), tolerance)
 
 
 def _prefill(dtype: str, group: int, head_dim: int, page_size: int) -> Row:
@@ -87,7 +93,7 @@ def _prefill(dtype: str, group: int, head_dim: int, page_size: int) -> Row:
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         out = op(q, k_new, v_new, case.k_pool, case.v_pool, case.table, case.cached, np.int32(case.layer))
     error = np.abs(np.asarray(out).astype(np.float64) - _expected(case, q, scale)).max()
-    return _row("prefill_attention/xla", dtype, (group, head_dim, page_size), float(error), TOLERANCE[dtype])
+    return _attention_row("prefill_attention/xla", dtype, (group, head_dim, page_size), float(error), TOLERANCE[dtype])
 
 
 def _expected(case: PagedCase, q: np.ndarray, scale: float) -> np.ndarray:
@@ -105,7 +111,7 @@ def _round_trip(dtype: str) -> Row:
     pool = jax.jit(functools.partial(write_tokens, pages_per_layer=pages), donate_argnums=0)(pool, new, *where)
     back = jax.jit(functools.partial(gather_tokens, pages_per_layer=pages))(pool, *where)
     error = np.abs(np.asarray(back).astype(np.float64) - new.astype(np.float64)).max()
-    return _row("pool_write", dtype, (1, width, page_size), float(error), 0.0)
+    return _attention_row("pool_write", dtype, (1, width, page_size), float(error), 0.0)
 
 
 def check_staging(device: Any, mebibytes: int = 256) -> Row:

@@ -51,7 +51,7 @@ class EngineBench:
         while start < len(tokens):
             count = min(chunk, len(tokens) - start)
             bucket = next(b for b in runner.prefill_buckets if b.rows == 1 and b.tokens >= count)
-            inputs = [PrefillInput(0, tokens, start, count, self._pages(row), GREEDY)]
+            inputs = [PrefillInput(0, tokens, start, count, self._pages(row), GREEDY, 1 + row, 1 + row)]
             drawn, _ = runner.prefill(plan_prefill(inputs, bucket.rows, bucket.tokens, runner.geometry.width))
             start += count
         return int(np.asarray(drawn.token)[0])
@@ -72,7 +72,7 @@ class EngineBench:
         tokens, seconds = [self._first[row] for row in range(batch)], []
         for step in range(steps):
             start = time.perf_counter()
-            inputs = [DecodeInput(r, tokens[r], self.context + step, self._pages(r), GREEDY) for r in range(batch)]
+            inputs = [DecodeInput(r, tokens[r], self.context + step, self._pages(r), GREEDY, 1 + r) for r in range(batch)]
             drawn = self.runner.decode(plan_decode(inputs, rows, self.runner.geometry.width))
             tokens = np.asarray(drawn.token)[:batch].tolist()
             np.asarray(drawn.logprob)

@@ -78,7 +78,7 @@ def test_sharded_programs_copy_no_pool_either(program: str) -> None:
     assert_no_copy(program, "data:2,model:2")
 
 
-def read_current(q, k_new, v_new, k_pool, v_pool, table, lengths, layer, *, pages_per_layer, scale, implementation):  # type: ignore[no-untyped-def]
+def read_current(q, k_new, v_new, k_pool, v_pool, table, lengths, layer, *, pages_per_layer, scale, implementation, sinks):  # type: ignore[no-untyped-def]
     """The reference, with the current token's k and v taken from the pool, as the kernels do."""
     page = jnp.take_along_axis(table, (lengths // PAGE)[:, None], axis=1, mode="clip")[:, 0] + layer * pages_per_layer
     k, v = (pool[:, page, lengths % PAGE].swapaxes(0, 1) for pool in (k_pool, v_pool))

@@ -59,7 +59,7 @@ def test_rates_and_shares_are_those_of_the_formulas():
     result = device_engine.measure(TOY, params, CHIPS["gpu"]["h200"], context=64, batch=8, chunk=64, repeats=1)
     layers = 4 * (64 * 16 * 2 * (8 + 4) + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
     assert result["prefill_flops"] == 2 * layers * 64 + 2 * 512 * 64 + 4 * 16 * 8 * 4 * (64 * 65 // 2)
-    assert result["decode_bytes"] == 4 * TOY.num_params() + 8 * 64 * 2048
+    assert result["decode_bytes"] == 4 * TOY.num_params() + 8 * (64 + 1) * 2048
     assert result["mfu"] == pytest.approx(result["prefill_flops"] * result["prefill_tok_s"] / 64 / 67e12)
     assert result["bandwidth_share"] == pytest.approx(result["decode_bytes"] / result["decode_step_s"] / 4.8e12)
 
