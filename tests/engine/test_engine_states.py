@@ -1,6 +1,7 @@
 """Any order of admissions, aborts and finishes ends with all pages, slots, queue places and callbacks back."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from prfaas_jax.engine.api import Admitted, Failed, Finished, PrefillDone, Token
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.errors import Exhausted
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import SegmentKey, aligned_blocks
 
 LENGTHS = st.integers(1, 150) | st.integers(1, 600)
 OPERATIONS = st.one_of(
@@ -26,6 +27,27 @@ OPERATIONS = st.one_of(
 @settings(max_examples=12)
 @given(st.lists(OPERATIONS, min_size=5, max_size=60))
 def test_decode_engine_returns_everything(runner: Runner, operations: list[tuple[str, int, int]]) -> None:
+    live(runner, operations)
+
+
+@settings(max_examples=12)
+@given(st.lists(OPERATIONS, min_size=5, max_size=60))
+def test_decode_engine_with_states_returns_everything(states: Runner, operations: list[tuple[str, int, int]]) -> None:
+    live(states, operations)
+
+
+def zeros(runner: Runner, length: int) -> Iterator[tuple[SegmentKey, np.ndarray]]:
+    """What a prompt leaves behind, as blocks; states in two layer ranges."""
+    for g, group in enumerate(runner.spec.groups):
+        step = 1 + len(group.layers) // 2 if group.cache.kind == "state" else len(group.layers)
+        for t, tensor in enumerate(group.cache.tensors):
+            for layers in aligned_blocks((0, len(group.layers)), step):
+                key = SegmentKey(g, t, layers, group.cache.kept(length), (0, tensor.heads))
+                yield key, np.zeros(key.shape(runner.spec), np.float32)
+
+
+def live(runner: Runner, operations: list[tuple[str, int, int]]) -> None:
+    """Runs the operations, ends what is still there, and counts what came back."""
     sinks: dict[str, Recorder] = {}
     lengths: dict[str, int] = {}
     releases: list[Done] = []
@@ -50,11 +72,10 @@ def test_decode_engine_returns_everything(runner: Runner, operations: list[tuple
                 worker.prefill_local(chosen)
             elif operation == "receive" and chosen:
                 started.add(chosen)
-                for tensor in (0, 1):
+                for key, block in zeros(runner, lengths[chosen]):
                     done = Done()
                     releases.append(done)
-                    key = SegmentKey(0, tensor, (0, 4), (0, lengths[chosen]), (0, 4))
-                    worker.ingest(chosen, key, np.zeros((4, lengths[chosen], 4, 16), np.float32), done)
+                    worker.ingest(chosen, key, block, done)
                 if b:
                     worker.commit(chosen, Token(1, 0.0))
         for ticket in sinks:

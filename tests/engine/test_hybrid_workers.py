@@ -1,7 +1,6 @@
 """Models of several cache kinds through both engines: what leaves is what stays, and it decodes like a local prefill, bit by bit."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,22 +34,13 @@ TOYS = ("mimo_toy", "deepseek_toy", "gated_delta_toy", "kimi_linear_toy", "light
 LENGTHS = (1, 23, 24, 25, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 
 
-@functools.lru_cache(maxsize=1)
-def runner_of(name: str) -> Runner:
-    """One warm Runner at a time: tests are ordered by model."""
-    return make_runner(dataclasses.replace(SMALL, checkpoint=f"random:{name}", slots=5))
-
-
 @pytest.fixture(scope="module", params=TOYS)
 def hybrid(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    """A Runner of each toy, for prefill and decode alike."""
-    yield runner_of(request.param)
-
-
-@pytest.fixture(scope="module")
-def states() -> Runner:
-    """One with states, for what is the same with every model."""
-    return runner_of("gated_delta_toy")
+    """A warm Runner of each toy, for prefill and decode alike."""
+    if request.param == "gated_delta_toy":
+        yield request.getfixturevalue("states")
+    else:
+        yield make_runner(dataclasses.replace(SMALL, checkpoint=f"random:{request.param}"))
 
 
 @pytest.mark.smoke
