@@ -83,7 +83,8 @@ class Experts(nnx.Module):
             flat = x.reshape(batch * tokens, width)
             first = jax.lax.axis_index("expert") * experts[0].shape[0]
             rows = lambda y: y.reshape(batch * tokens, -1)  # noqa: E731
-            y = experts_mlp(flat, rows(weights), rows(chosen), *experts, first)
+            gates, ups, downs = experts
+            y = experts_mlp(flat, rows(weights), rows(chosen), gates, ups, downs, first)
             if shared:
                 gated, up, down = shared
                 z = matmul_transposed(jax.nn.silu(matmul_transposed(flat, gated)) * matmul_transposed(flat, up), down)

@@ -53,14 +53,15 @@ class Block(nnx.Module):
         norm = lambda: RMSNorm(make, config.hidden_size, "embed", config.norm_offset)  # noqa: E731
         self.mixer_norm, self.mixer = norm(), make_mixer(layer.mixer, make)
         self.mlp_norm, self.mlp = norm(), make_mlp(layer.mlp, make)
-        self.mixer_post_norm, self.mlp_post_norm = (norm(), norm()) if config.post_norms else (None, None)
+        self.mixer_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(self, x: Float[Array, "B T D"], place: Place, step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, New]:
         """Returns the residual stream, the carry, and what this layer adds to the cache."""
         # The residual may be split along the sequence; what enters a projection is whole.
         whole = lambda y: step.shard.constrain(y, "batch", None, "embed")  # noqa: E731
         normed = self.mixer_norm(x)
-        branch, carry, new = self.mixer(whole(normed), place, step, carry)  # type: ignore[operator] # make_mixer says what is called
+        branch, carry, new = self.mixer(whole(normed), place, step, carry)
         x = self._add(normed if self.normalized_residual else x, branch, self.mixer_post_norm, self.layer.mixer_scales, step)
         normed = self.mlp_norm(x)
         branch = self.mlp(whole(normed), step)

@@ -33,7 +33,8 @@ class OpSample:
 
 @functools.partial(jax.jit, static_argnames="form")
 def _run(inputs: tuple[jax.Array, ...], state: jax.Array, valid: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
-    return delta_rule(*inputs, state, valid, implementation=form)
+    q, k, v, g, beta = inputs
+    return delta_rule(q, k, v, g, beta, state, valid, implementation=form)
 
 
 def _inputs(kind: str, tokens: int) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:

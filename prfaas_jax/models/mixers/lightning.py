@@ -67,6 +67,6 @@ def _mix(
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H dd"]]:
     """Lightning attention on one device's heads, in float32."""
     dim = q.shape[-1]
-    wide = (x.astype(jnp.float32) for x in (q, k, v))
-    o, new = lightning(*wide, decay, state.reshape(*state.shape[:2], dim, dim), valid)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    o, new = lightning(q, k, v, decay, state.reshape(*state.shape[:2], dim, dim), valid)
     return o, new.reshape(state.shape)
