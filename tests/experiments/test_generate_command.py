@@ -20,11 +20,13 @@ def run(tmp_path, *flags: str, prompts=None, timeout: float = 240) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=HF.parents[2])
 
 
-@pytest.mark.parametrize(
-    ("fixture", "flags"),
-    [(name, ("--path=colocated",)) for name in FIXTURES]
-    + [(FIXTURES[0], ("--path=disaggregated",)), (FIXTURES[-1], ("--path=disaggregated", "--prefill_mesh=model:2"))],
-)
+REMOTE, WIDE = ("--path=disaggregated",), ("--path=disaggregated", "--prefill_mesh=model:2")
+# What the suite runs every time: every kind of model is there, on both paths; the others take minutes together.
+FAST = [("llama_tied", ("--path=colocated",)), ("llama_rope_scaled", REMOTE), ("qwen3", WIDE), ("kimi_linear", WIDE), ("mimo_v2_flash", REMOTE)]
+SLOW = [(name, flags) for name in FIXTURES for flags in (("--path=colocated",), REMOTE, WIDE) if (name, flags) not in FAST]
+
+
+@pytest.mark.parametrize(("fixture", "flags"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_matches_transformers(tmp_path, fixture, flags):
     golden = np.load(HF / fixture / "expected.npz")
     sizes = [name.removeprefix("prompt_") for name in golden.files if name.startswith("prompt_")]
