@@ -2,18 +2,24 @@
 
     make compile-check        (python -m experiments.compile_check)
 
-A table of PASS and FAIL, 2 to 5 minutes on two cores; all of it compiled, not run. A target whose compiler is not installed is
+A table of PASS and FAIL, 4 to 6 minutes on two cores; all of it compiled, not run. A target whose compiler is not installed is
 skipped, with the reason; the exit code is 1 when a check fails or when no target could be checked.
 
-What is expected of the collectives, per layer:
-  prefill  2 gathers and 2 reductions. The residual stream is split along the sequence ("seq" -> model axis): its shards are gathered
-           in front of the attention and the MLP projections, and the partial sums behind each are reduced to shards. TPU may write
+What is expected of the collectives, per layer, whatever its mixer, and whether its feed-forward part is dense or a mixture of experts:
+  prefill  2 gathers and 2 reductions. The residual stream is split along the sequence ("seq" -> expert and model axes): its shards are
+           gathered in front of the mixer and the MLP, and the partial sums behind each are reduced to shards. TPU may write
            a reduction as an all-reduce that it slices, or as a ring of permutes between partial multiplications.
-  decode   2 all-reduces: one token per row is too short to split, so partial sums come back whole.
-And in the whole step nothing larger moves than one layer's activations: no weight, no pool, no logits.
+  decode   2 all-reduces: one token per row is too short to split, so partial sums come back whole. Experts need no more than that:
+           every token is on all devices of its data shard, and routed and shared experts are summed at once.
+A norm over all heads jointly adds the reduction of one number per token where devices share the heads.
+And in the whole step nothing larger moves than one layer's activations: no weight, no pool, no state, no logits.
 """
 
+import concurrent.futures
 import dataclasses
+import math
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,6 +29,7 @@ from absl import flags
 from configs.models import load_model_config
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.targets import Target, prepare_environment
+from prfaas_jax.models.layer_config import AttentionConfig, Layer, LightningConfig, MoeConfig
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
 
@@ -31,18 +38,20 @@ if TYPE_CHECKING:
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where to keep environment and all reports")
 TARGETS = flags.DEFINE_list("targets", [], "check only these targets, such as gpu:h200:1x1x2; default: all")
+MODELS = flags.DEFINE_list("models", [], "check only these models; default: all")
+WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "cases compiled at once, 2 GB of memory each")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model on one target. `growth` compiles once more with twice the pages, to see that temporaries do not follow the pools."""
+    """One model on one target. `growth` compiles once more with twice the pools, to see that temporaries do not follow them."""
 
     model: str
     target: str
     mesh: str
     batch: int
     context: int
-    growth: bool
+    growth: bool = False
 
     @property
     def name(self) -> str:
@@ -50,11 +59,26 @@ class Case:
         return f"{self.model} {self.target} {self.mesh}"
 
 
+def _toy(model: str, target: str, mesh: str, growth: bool = False) -> Case:
+    return Case(model, target, mesh, batch=8, context=512, growth=growth)
+
+
+# The slowest first: they run side by side.
 CASES = (
+    Case("kimi_linear_48b", "tpu:v6e:4x4", "expert:8,model:2", batch=32, context=4096),
+    Case("kimi_linear_48b", "gpu:h200:1x1x8", "expert:8", batch=32, context=4096),
+    _toy("kimi_linear_toy", "tpu:v5e:2x2", "expert:2,model:2", growth=True),
+    _toy("mimo_toy", "gpu:h200:1x1x4", "expert:4", growth=True),
+    _toy("lightning_toy", "tpu:v5e:2x2", "expert:4"),
+    _toy("gated_delta_toy", "tpu:v5e:2x2", "model:4"),
+    _toy("qwen3_next_toy", "gpu:h200:1x1x4", "expert:2,model:2"),
+    _toy("gemma3_toy", "gpu:h200:1x1x4", "data:2,model:2"),
+    _toy("deepseek_toy", "tpu:v5e:2x2", "data:2,expert:2"),
+    _toy("qwen3_moe_toy", "gpu:h200:1x1x2", "expert:2"),
     Case("qwen3_0_6b", "gpu:h200:1x1x2", "data:1,model:2", batch=8, context=2048, growth=True),
-    Case("qwen3_8b", "gpu:h200:1x1x8", "data:1,model:8", batch=32, context=4096, growth=False),
+    Case("qwen3_8b", "gpu:h200:1x1x8", "data:1,model:8", batch=32, context=4096),
     Case("qwen3_0_6b", "tpu:v5e:2x2", "data:1,model:4", batch=8, context=2048, growth=True),
-    Case("qwen3_8b", "tpu:v5e:4x4", "data:2,model:8", batch=32, context=4096, growth=False),
+    Case("qwen3_8b", "tpu:v5e:4x4", "data:2,model:8", batch=32, context=4096),
 )
 
 # (what was checked, whether it holds, what was seen)
@@ -63,59 +87,116 @@ Check = tuple[str, bool, str]
 
 def check_step(deployed: "Deployment", report: "StepReport") -> Iterator[Check]:
     """Everything that one compiled step must satisfy."""
-    config, pools = deployed.config, report.bytes_per_chip["pools"]
+    pools = report.bytes_per_chip["pools"]
     yield "fits", report.fits, f"{report.bytes_per_chip['total'] / 2**30:.2f} GiB of {deployed.chip.hbm_bytes / 2**30:.2f} GiB"
     yield "no pool copy", not report.pool_copies, ", ".join(report.pool_copies) or "none"
     yield "pools aliased", report.aliased_bytes >= pools, f"{report.aliased_bytes} of {pools} bytes"
-    kernels = {"paged_attention": config.num_layers} if report.step == "decode" else {}
+    kernels = expected_kernels(deployed, report.step)
     yield "kernels", report.kernels == kernels, f"{report.kernels}, expected {kernels}"
-
-    layer = {kind: c["per_layer"] for kind, c in report.collectives.items() if c["per_layer"]}
-    if report.step == "decode":
-        yield "collectives per layer", layer == {"all-reduce": 2}, f"{layer}, expected 2 all-reduces and nothing else"
-    else:
-        # The permutes are those of the rings.
-        seen = {kind: sum(n for k, n in layer.items() if k in names) for kind, names in _PREFILL_KINDS.items()}
-        rest = set(layer) - {k for names in _PREFILL_KINDS.values() for k in names} - {"collective-permute"}
-        ok = seen == {"gathers": 2, "reductions": 2} and not rest
-        yield "collectives per layer", ok, f"{layer}, expected 2 gathers and 2 reductions"
-    activations = report.tokens // deployed.mesh.data * config.hidden_size * _bytes_per_element(config.dtype)
-    largest = max((c["largest_bytes"] for c in report.collectives.values()), default=0)
-    yield "largest collective", largest <= activations, f"{largest:.0f} bytes, at most {activations}, one layer's activations"
-
-    expected = _matmul_flops(deployed, report)
-    found = report.flops_per_chip - report.attention_flops_per_chip
+    yield from _check_collectives(deployed, report)
+    expected = matmul_flops(deployed, report)
+    found = report.flops_per_chip - sum(report.island_flops_per_chip.values())
     yield "flops of all matmuls", abs(found / expected - 1) < 0.01, f"{found:.5g}, expected {expected:.5g}"
 
 
-_PREFILL_KINDS = {
+def expected_kernels(deployed: "Deployment", step: str) -> dict[str, int]:
+    """Executions of kernels: paged attention where its platform has one that takes the shapes, and the grouped products of experts."""
+    from prfaas_jax.ops.paged_attention import needs_current_in_pool
+
+    steps = deployed.steps()
+    attention = sum(
+        len(group.layers)
+        for group, name in zip(steps.spec.groups, steps.implementations, strict=True)
+        if name is not None and needs_current_in_pool(name)
+    )
+    experts = sum(isinstance(layer.mlp, MoeConfig) for layer in deployed.config.layers) if deployed.platform == "tpu" else 0
+    kernels = {"paged_attention": attention if step == "decode" else 0, "ragged-dot-metadata": experts, "ragged-dot-none": 3 * experts}
+    return {name: times for name, times in kernels.items() if times}
+
+
+# The permutes are those of the rings.
+_KINDS = {
     "gathers": ("all-gather", "all-gather in a ring"),
     "reductions": ("reduce-scatter", "all-reduce", "reduce-scatter in a ring"),
+    "moves": ("collective-permute",),
 }
 
 
-def _bytes_per_element(dtype: str) -> int:
-    return {"bfloat16": 2, "float32": 4}[dtype]
+def _check_collectives(deployed: "Deployment", report: "StepReport") -> Iterator[Check]:
+    config, pattern, decode = deployed.config, deployed.config.pattern, report.step == "decode"
+    tensor, found = deployed.spread.heads, report.collectives
+
+    def count(field: str) -> dict[str, float]:
+        """By what they do; those that nothing is expected of stand by their own names."""
+        seen = {what: sum(c[field] for kind, c in found.items() if kind in kinds) for what, kinds in _KINDS.items()}
+        seen |= {kind: c[field] for kind, c in found.items() if not any(kind in kinds for kinds in _KINDS.values())}
+        # What rings move is no collective of its own.
+        if any("in a ring" in kind and c[field] for kind, c in found.items()):
+            seen["moves"] = 0
+        return {what: round(n, 6) for what, n in seen.items() if n}
+
+    body = config.layers[pattern.head : pattern.head + pattern.body_layers]
+    gathers = 0 if decode else 2
+    norms = sum(joint_norms(layer, tensor) for layer in body) / max(1, len(body))
+    expected = {what: n for what, n in {"gathers": gathers, "reductions": 2 + norms}.items() if n} if body else {}
+    seen = count("per_layer")
+    yield "collectives per layer", seen == {k: round(v, 6) for k, v in expected.items()}, f"{seen}, expected {expected}"
+
+    # Beside head and tail layers: partial rows of the embedding are summed.
+    alone = config.num_layers - len(body)
+    expected = {what: n for what, n in {"gathers": gathers * alone, "reductions": 2 * alone + 1}.items() if n}
+    seen = count("outside_large")
+    yield "large collectives outside the body", seen == expected, f"{seen}, expected {expected}"
+
+    activations = deployed.activation_bytes(report.step)
+    largest = max((c["largest_bytes"] for c in found.values()), default=0)
+    yield "largest collective", largest <= activations, f"{largest:.0f} bytes, at most {activations}, one layer's activations"
 
 
-def _matmul_flops(deployed: "Deployment", report: "StepReport") -> float:
-    """Per chip: two per weight and token in the layers, and per row in the head."""
-    config = deployed.config
-    attention = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-    layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-    head = config.vocab_size * config.hidden_size
-    return 2 * (report.tokens * layers + report.rows * head) / deployed.mesh.size
+def joint_norms(layer: Layer, devices: int) -> int:
+    """Norms over more heads than a device has: each reduces one number per token."""
+    match layer.mixer:
+        case AttentionConfig(qk_norm="all", num_kv_heads=kv_heads) if devices > 1:
+            return 2 if kv_heads % devices == 0 else 1
+        case LightningConfig(norm_groups=groups) if groups % devices:
+            return 1
+    return 0
+
+
+# What islands multiply with stands in formulas.
+_IN_ISLANDS = ("experts", "shared", "k_up", "v_up", "q_conv", "k_conv", "v_conv")
+_NO_MATRIX = ("sinks", "a_log", "dt_bias", "correction_bias", "bias", "shared_gate")
+
+
+def matmul_flops(deployed: "Deployment", report: "StepReport") -> float:
+    """Per chip: two per weight of the chip and token of its data shard in the layers, and per row in the head."""
+    from prfaas_jax.models.params import flat_names
+
+    steps, data = deployed.steps(), deployed.mesh.data
+    placed, total = flat_names(steps.params_shardings), 0.0
+    head = "embed" if deployed.config.tie_embeddings else "lm_head"
+    for name, leaf in flat_names(steps.abstract_params).items():
+        parts = name.split("/")
+        if set(parts) & {*_IN_ISLANDS, *_NO_MATRIX} or any("norm" in part for part in parts) or (name == "embed" != head):
+            continue
+        uses = report.rows if name == head else report.tokens
+        total += 2 * uses / data * math.prod(placed[name].get_value().shard_shape(leaf.shape))
+    return total
 
 
 def check_case(case: Case, show: Any) -> tuple[list[Check], dict[str, Any]]:
     """Compiles a case and checks its steps; also returns the reports."""
     from prfaas_jax.engine.aot import DoesNotFit, compile_steps, deployment
+    from prfaas_jax.sharding import MeshSpec
 
-    def compiled(pages_factor: int) -> "tuple[Deployment, dict[Any, StepReport | DoesNotFit]]":
+    target = Target.parse(case.target)
+
+    def compiled(factor: int) -> "tuple[Deployment, dict[Any, StepReport | DoesNotFit]]":
         options = EngineOptions(checkpoint=f"random:{case.model}", mesh=case.mesh, max_length=case.context, max_rows=case.batch)
-        data = Target.parse(case.target).chips // _model_axis(case.mesh)
-        options = dataclasses.replace(options, pages=pages_factor * options.pages_per_shard(data))
-        deployed = deployment(load_model_config(case.model), Target.parse(case.target), options)
+        data = MeshSpec.parse(case.mesh).data
+        pages, slots = factor * options.pages_per_shard(data), factor * options.slots_per_shard(data)
+        options = dataclasses.replace(options, pages=pages, slots=slots)
+        deployed = deployment(load_model_config(case.model), target, options)
         return deployed, compile_steps(deployed, show)
 
     deployed, reports = compiled(1)
@@ -135,30 +216,34 @@ def check_case(case: Case, show: Any) -> tuple[list[Check], dict[str, Any]]:
     return checks, {step: dataclasses.asdict(report) for step, report in reports.items()}
 
 
-def _model_axis(mesh: str) -> int:
-    from prfaas_jax.sharding import MeshSpec
-
-    return MeshSpec.parse(mesh).model
+def _in_worker(case: Case) -> tuple[list[Check], dict[str, Any]]:
+    """A case in a process of its own."""
+    if "jax" not in sys.modules:
+        prepare_environment()
+    return check_case(case, show=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def main(argv: list[str]) -> None:
     """Every case that can be compiled here, a table, and the headline."""
     del argv
-    cases = [c for c in CASES if not TARGETS.value or c.target in TARGETS.value]
+    cases = [c for c in CASES if (not TARGETS.value or c.target in TARGETS.value) and (not MODELS.value or c.model in MODELS.value)]
     workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
-    prepare_environment()
     total, failed, skipped, reports = 0, [], [], {}
-    for case in cases:
-        if reason := Target.parse(case.target).missing():
-            print(f"SKIP  {case.name}: needs {reason}")
-            skipped.append(f"{case.name}: needs {reason}")
-            continue
-        checks, reports[case.name] = check_case(case, show=lambda text: print(text, file=sys.stderr, flush=True))
-        for what, ok, seen in checks:
-            print(f"{'PASS' if ok else 'FAIL'}  {case.name:<45} {what:<50} {seen}", flush=True)
-            if not ok:
-                failed.append(f"{case.name}: {what}: {seen}")
-        total += len(checks)
+    missing = {case.name: reason for case in cases if (reason := Target.parse(case.target).missing())}
+    for name, reason in missing.items():
+        print(f"SKIP  {name}: needs {reason}")
+        skipped.append(f"{name}: needs {reason}")
+    context = multiprocessing.get_context("spawn")  # each process prepares its environment before it imports jax
+    with concurrent.futures.ProcessPoolExecutor(max(1, WORKERS.value), mp_context=context) as pool:
+        running = {pool.submit(_in_worker, case): case for case in cases if case.name not in missing}
+        for done in concurrent.futures.as_completed(running):
+            case = running[done]
+            checks, reports[case.name] = done.result()
+            for what, ok, seen in checks:
+                print(f"{'PASS' if ok else 'FAIL'}  {case.name:<45} {what:<50} {seen}", flush=True)
+                if not ok:
+                    failed.append(f"{case.name}: {what}: {seen}")
+            total += len(checks)
     if workdir:
         workdir.write_env()
         workdir.write_summary({"checks": total, "failed": failed, "skipped": skipped, "reports": reports})

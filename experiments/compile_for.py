@@ -2,9 +2,11 @@
 
     python -m experiments.compile_for --model=qwen3_8b --target=tpu:v5e:4x4 --mesh=data:2,model:8
     python -m experiments.compile_for --model=qwen3_8b --target=gpu:h200:1x1x8 --mesh=model:8 --batch=64 --context=8192
+    python -m experiments.compile_for --model=kimi_linear_48b --target=tpu:v5p:2x2x2 --mesh=expert:8
 
 Per chip: bytes and whether they fit, collectives, kernels, flops, roofline seconds. All of it compiled, not run: seconds are lower
 bounds. Prefill is the last chunk of a prompt of --context tokens, one row per data shard; decode has --batch rows of that length.
+Flops of attention, recurrences and experts are by formula; experts are taken to be equally busy.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ BATCH = flags.DEFINE_integer("batch", 32, "rows of the decode step")
 CONTEXT = flags.DEFINE_integer("context", 4096, "tokens of prompt and answer per request")
 PAGES = flags.DEFINE_integer("pages", None, "pages per layer and data shard; default: enough for --batch requests of --context")
 PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "tokens per page")
+SLOTS = flags.DEFINE_integer("slots", None, "slots of windows and states per layer and data shard; default: enough for --batch requests")
 CHUNK = flags.DEFINE_integer("chunk", 256, "prompt tokens per row and prefill step")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "weights, activations and cache; default: the model's")
 KERNEL = flags.DEFINE_string("paged_attention", None, "implementation of decode attention; default: the target's")
@@ -59,11 +62,14 @@ def describe(name: str, report: "StepReport | DoesNotFit", out: Any = sys.stderr
     print(f"  fits           {'yes' if report.fits else 'NO, by ' + size(fields['over_bytes'])}", file=out)
     print(f"  aliased        {size(fields['aliased_bytes']):>12}, pool copies: {', '.join(fields['pool_copies']) or 'none'}", file=out)
     for kind, c in fields["collectives"].items():
-        print(f"  {kind:<18} {c['per_layer']:.0f} per layer, {c['per_step']:.0f} per step, {size(c['bytes'])} per step", file=out)
+        where = f"{c['per_layer']:.3g} per layer of the body, {c['outside']:.0f} outside, {c['per_step']:.0f} per step"
+        print(f"  {kind:<18} {where}, {size(c['bytes'])}", file=out)
     print(f"  kernels        {', '.join(f'{k} x{n}' for k, n in fields['kernels'].items()) or 'none'}", file=out)
-    print(f"  flops          {fields['flops_per_chip']:.4g} per chip, attention {fields['attention_flops_per_chip']:.4g}", file=out)
+    formulas = ", ".join(f"{kind} {flops:.4g}" for kind, flops in fields["island_flops_per_chip"].items())
+    print(f"  flops          {fields['flops_per_chip']:.4g} per chip, of these by formula {formulas}", file=out)
     bounds = ", ".join(f"{what} {seconds * 1e3:.3f} ms" for what, seconds in fields["bounds_s"].items())
     print(f"  roofline       {fields['roofline_s'] * 1e3:.3f} ms ({bounds})", file=out)
+    print(f"  compiled in    {fields['compile_s']:.1f} s", file=out)
 
 
 def main(argv: list[str]) -> None:
@@ -79,6 +85,7 @@ def main(argv: list[str]) -> None:
         attention=ATTENTION.value,  # type: ignore[arg-type]  # an enum flag
         page_size=PAGE_SIZE.value,
         pages=PAGES.value,
+        slots=SLOTS.value,
         chunk=CHUNK.value,
         max_length=CONTEXT.value,
         max_rows=BATCH.value,

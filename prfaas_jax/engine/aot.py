@@ -7,23 +7,26 @@ import contextlib
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from prfaas_jax.engine import hlo
+from prfaas_jax.engine.flops import Spread, Work, cache_bytes, island_flops, unread_parameter_bytes
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.plan import plan_decode, plan_prefill
-from prfaas_jax.engine.runner import choose_implementation
-from prfaas_jax.engine.steps import ISLAND, StepGeometry, Steps
+from prfaas_jax.engine.runner import choose_implementations, pool_geometry
+from prfaas_jax.engine.steps import Steps
 from prfaas_jax.engine.targets import GPU_TARGET_CONFIG, Chip, Target
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.pools import pool_shapes
+from prfaas_jax.kvcache.pools import pool_axes, pool_shapes
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, cache_spec
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.params import flat_names
+from prfaas_jax.models.transformer import ISLAND
 from prfaas_jax.sharding import MeshSpec, check_divides, make_mesh
 
 StepName = Literal["prefill", "decode"]
@@ -63,16 +66,29 @@ class Deployment:
         return MeshSpec.parse(self.options.mesh)
 
     @property
-    def attention_shards(self) -> int:
-        """Chips that share the heads."""
-        return self.mesh.model if self.options.attention == "sharded" else 1
+    def spread(self) -> Spread:
+        """How the mesh divides the work."""
+        mesh = self.mesh
+        return Spread(mesh.data, mesh.tensor, mesh.tensor if self.options.attention == "sharded" else 1)
+
+    def work(self, step: StepName) -> Work:
+        """What the step that is compiled computes."""
+        options, rows = self.options, self.rows(step)
+        if step == "prefill":
+            return Work.prefill(rows, options.chunk, options.max_length)
+        return Work.decoding(rows, options.max_length)
+
+    def activation_bytes(self, step: StepName) -> int:
+        """Bytes of the residual stream of one data shard's tokens."""
+        work = self.work(step)
+        return work.rows * work.tokens // self.mesh.data * self.config.hidden_size * DTYPE_BYTES[self.config.dtype]
 
     def steps(self) -> Steps:
         """The programs, over devices that exist only as a description."""
         options, mesh = self.options, self.mesh
-        geometry = StepGeometry(options.page_size, options.pages_per_shard(mesh.data), options.pages_per_request)
-        implementation = choose_implementation(self.config, options, self.platform)
-        return Steps(self.config, make_mesh(mesh, self.devices), options.attention, geometry, implementation)
+        geometry = pool_geometry(cache_spec(self.config), options, mesh.data)
+        implementations = choose_implementations(self.config, options, self.platform)
+        return Steps(self.config, make_mesh(mesh, self.devices), options.attention, geometry, implementations)
 
     def rows(self, step: StepName) -> int:
         """Rows of the step that is compiled."""
@@ -101,18 +117,23 @@ class StepReport:
     """What one compiled step needs per chip.
 
     Attributes:
-        bytes_per_chip: parameters, pools, temporaries, outputs (those that no argument is reused for), plan, total.
+        bytes_per_chip: parameters, pools, plan, padding (what the compiler's layouts of these add), temporaries, outputs (those that no
+            argument is reused for), code, total.
         fits: whether the total is within the chip's memory; `over_bytes` by how much it is not.
         aliased_bytes: argument bytes that the outputs reuse: the pools, when donation works.
         pool_copies: operations that write a pool-sized buffer anywhere else than in place.
-        collectives: kind -> {per_layer, per_step, bytes (payload per step), link_bytes (sent per chip and step), largest_bytes};
-            on the path that samples greedily. "reduce-scatter in a ring" is one that TPU runs as permutes between partial matmuls.
+        collectives: kind -> {per_layer (inside the body's scan, per body layer), outside (of that scan: head and tail layers, embedding,
+            output head, sampling), outside_large (of these, what moves at least half of a layer's activations), per_step, bytes (payload
+            per step), link_bytes (sent per chip and step), largest_bytes}; on the path that samples greedily. "reduce-scatter in a
+            ring" is one that TPU runs as permutes between partial matmuls.
         sampling_collectives: the same for the branch that draws with a temperature, which comes on top.
         kernels: name -> executions per step.
-        flops_per_chip: multiplications found in the program, plus `attention_flops_per_chip` by formula.
-        hbm_bytes_per_chip: the least that must be read and written: parameters, cached context, new KV, logits.
+        flops_per_chip: multiplications found in the program, plus `island_flops_per_chip` by formula (engine/flops.py), kind by kind.
+        hbm_bytes_per_chip: the least that must be read and written: parameters (of experts, those that the step's tokens can reach),
+            cached context, new KV and states, logits.
         bytes_accessed_xla: the compiler's figure, scanned bodies counted once; None on GPU.
         roofline_s: the largest of `bounds_s`: flops / peak, bytes / bandwidth, link bytes / links.
+        compile_s: seconds that tracing and compiling took.
     """
 
     step: StepName
@@ -127,11 +148,12 @@ class StepReport:
     sampling_collectives: dict[str, dict[str, float]]
     kernels: dict[str, int]
     flops_per_chip: float
-    attention_flops_per_chip: float
+    island_flops_per_chip: dict[str, float]
     hbm_bytes_per_chip: float
     bytes_accessed_xla: float | None
     bounds_s: dict[str, float]
     roofline_s: float
+    compile_s: float
     label: str = LABEL
 
 
@@ -152,25 +174,49 @@ class DoesNotFit:
 
 def compile_step(deployed: Deployment, step: StepName) -> StepReport | DoesNotFit:
     """Compiles one step and reads everything that can be known of it."""
-    steps = deployed.steps()
-    pools = pool_shapes(cache_spec(deployed.config), steps.geometry.pages, steps.geometry.page_size, deployed.mesh.data)
-    held = {"parameters": _shard_bytes(steps.abstract_params, steps.params_shardings), "pools": sum(_bytes(p) for p in pools)}
-    held["pools"] //= deployed.mesh.data * deployed.attention_shards
-    rows, width = deployed.rows(step), steps.geometry.width
-    plan: Any = plan_prefill([], rows, deployed.options.chunk, width) if step == "prefill" else plan_decode([], rows, width)
-    plan = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), plan)
-    fn: Any = steps.prefill if step == "prefill" else steps.decode
-    lowered = fn.trace(steps.abstract_params, pools, plan).lower(lowering_platforms=(deployed.platform,))
+    started = time.monotonic()
+    program = lower_step(deployed, step)
     try:
         with _names_of_this_program():
-            compiled = lowered.compile()
+            compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used .*? of .*? hbm.*", str(error))
-        over = max(0, sum(held.values()) - int(deployed.chip.hbm_bytes))
-        return DoesNotFit(step, held, over, used[0].strip() if used else str(error).splitlines()[0])
-    return _report(deployed, step, compiled, held, pools)
+        over = max(0, sum(program.held.values()) - int(deployed.chip.hbm_bytes))
+        return DoesNotFit(step, program.held, over, used[0].strip() if used else str(error).splitlines()[0])
+    return _report(deployed, step, program, compiled, time.monotonic() - started)
+
+
+class Lowered(NamedTuple):
+    """A step before compilation; `held` are bytes per chip of its arguments, `pools` (elements, dtype) of each pool's shard."""
+
+    lowered: Any
+    held: dict[str, int]
+    pools: tuple[tuple[int, str], ...]
+
+
+def lower_step(deployed: Deployment, step: StepName) -> Lowered:
+    """Traces one step for the deployment's platform."""
+    steps = deployed.steps()
+    shard = steps.sharders["decode"]
+    pools = pool_shapes(steps.spec, steps.geometry, shard)
+    tensors = [t for group in steps.spec.groups for t in group.cache.tensors]
+    shards = [
+        (math.prod(shard(*pool_axes(t)).shard_shape(pool.shape)), pool.dtype)
+        for t, pool in zip(tensors, jax.tree.leaves(pools), strict=True)
+    ]
+    rows, width = deployed.rows(step), steps.geometry.width
+    plan: Any = plan_prefill([], rows, deployed.options.chunk, width) if step == "prefill" else plan_decode([], rows, width)
+    plan = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), plan)
+    held = {
+        "parameters": _shard_bytes(steps.abstract_params, steps.params_shardings),
+        "pools": sum(size * dtype.itemsize for size, dtype in shards),
+        "plan": sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(plan)) // deployed.mesh.data,
+    }
+    fn: Any = steps.prefill if step == "prefill" else steps.decode
+    lowered = fn.trace(steps.abstract_params, pools, plan).lower(lowering_platforms=(deployed.platform,))
+    return Lowered(lowered, held, tuple((size, hlo.DTYPES[dtype.name]) for size, dtype in shards))
 
 
 @contextlib.contextmanager
@@ -185,10 +231,6 @@ def _names_of_this_program() -> Iterator[None]:
         jax.config.update(option, before)
 
 
-def _bytes(a: Any) -> int:
-    return math.prod(a.shape) * a.dtype.itemsize
-
-
 def _shard_bytes(params: Any, shardings: Any) -> int:
     """Bytes of one chip's shard of the parameters."""
     placed = flat_names(shardings)
@@ -197,93 +239,80 @@ def _shard_bytes(params: Any, shardings: Any) -> int:
     )
 
 
-def _report(deployed: Deployment, step: StepName, compiled: Any, held: dict[str, int], pools: tuple[Any, ...]) -> StepReport:
+def _report(deployed: Deployment, step: StepName, program: Lowered, compiled: Any, seconds: float) -> StepReport:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     module = hlo.Module(compiled.as_text())
     arguments, aliased = int(memory.argument_size_in_bytes), int(memory.alias_size_in_bytes)
     bytes_per_chip = {
-        **held,
-        "plan": arguments - sum(held.values()),
+        **program.held,
+        "padding": max(0, arguments - sum(program.held.values())),  # unused arguments are dropped
         "temporaries": int(memory.temp_size_in_bytes),
         "outputs": int(memory.output_size_in_bytes) - aliased,
         "code": int(memory.generated_code_size_in_bytes),
     }
     bytes_per_chip["total"] = sum(bytes_per_chip.values())
-    pool = pools[0]
-    pool_elements = math.prod(pool.shape) // (deployed.mesh.data * deployed.attention_shards)
-    collectives = _summary(module, deployed.config.num_layers, conditional=False)
-    attention = _attention_flops(deployed, step)
-    # Attention's come from a formula: kernels hide them, and its loops follow the data.
-    flops = hlo.dot_flops(module, skip=lambda op_name: ISLAND in op_name.split("/")) + attention
-    moved = _hbm_bytes(deployed, step, held["parameters"])
+    config, chip, work = deployed.config, deployed.chip, deployed.work(step)
+    pattern = config.pattern
+    body = hlo.longest_loop(module, pattern.repeats) if pattern.repeats else None
+    activations = deployed.activation_bytes(step)
+    collectives = _summary(module, body, pattern.body_layers, activations // 2, conditional=False)
+    islands = island_flops(config, work, deployed.spread)
+    # What runs on each device by itself comes from formulas: kernels hide it, and its loops follow the data.
+    flops = hlo.dot_flops(module, skip=lambda op_name: ISLAND in op_name.split("/")) + sum(islands.values())
+    logits = 4 * work.rows * config.vocab_size / deployed.mesh.size
+    moved = program.held["parameters"] - unread_parameter_bytes(config, work, deployed.spread)
+    moved += cache_bytes(config, work, deployed.spread) + logits
     bounds = {
-        "compute": flops / deployed.chip.peak_flops(deployed.config.dtype),
-        "memory": moved / deployed.chip.hbm_bandwidth,
-        "interconnect": sum(c["link_bytes"] for c in collectives.values()) / deployed.chip.link_bandwidth,
+        "compute": flops / chip.peak_flops(config.dtype),
+        "memory": moved / chip.hbm_bandwidth,
+        "interconnect": sum(c["link_bytes"] for c in collectives.values()) / chip.link_bandwidth,
     }
     return StepReport(
         step=step,
-        rows=deployed.rows(step),
-        tokens=deployed.rows(step) * (deployed.options.chunk if step == "prefill" else 1),
+        rows=work.rows,
+        tokens=work.rows * work.tokens,
         bytes_per_chip=bytes_per_chip,
-        fits=bytes_per_chip["total"] <= deployed.chip.hbm_bytes,
-        over_bytes=max(0, bytes_per_chip["total"] - int(deployed.chip.hbm_bytes)),
+        fits=bytes_per_chip["total"] <= chip.hbm_bytes,
+        over_bytes=max(0, bytes_per_chip["total"] - int(chip.hbm_bytes)),
         aliased_bytes=aliased,
-        pool_copies=hlo.copies_of(module, pool_elements, {"bfloat16": "bf16", "float32": "f32"}[deployed.config.dtype]),
+        pool_copies=[found for pool in dict.fromkeys(program.pools) for found in hlo.copies_of(module, *pool)],
         collectives=collectives,
-        sampling_collectives=_summary(module, deployed.config.num_layers, conditional=True),
+        sampling_collectives=_summary(module, body, pattern.body_layers, activations // 2, conditional=True),
         kernels=hlo.kernels(module),
         flops_per_chip=flops,
-        attention_flops_per_chip=attention,
+        island_flops_per_chip=islands,
         hbm_bytes_per_chip=moved,
         bytes_accessed_xla=cost.get("bytes accessed"),
         bounds_s=bounds,
         roofline_s=max(bounds.values()),
+        compile_s=seconds,
     )
 
 
-def _summary(module: hlo.Module, layers: int, conditional: bool) -> dict[str, dict[str, float]]:
-    """Counts and bytes by kind; "per_layer" counts what runs inside the layer scan."""
+def _summary(module: hlo.Module, body: str | None, body_layers: int, large: int, conditional: bool) -> dict[str, dict[str, float]]:
+    """Counts and bytes by kind; `body` is the loop over the pattern's repeats, `large` the payload from which on one is large."""
+    fields = ("per_layer", "outside", "outside_large", "per_step", "bytes", "link_bytes", "largest_bytes")
     kinds: dict[str, dict[str, float]] = {}
 
-    def add(kind: str, e: hlo.Executed, payload: float, link_bytes: float) -> None:
+    def add(kind: str, e: hlo.Executed, payload: float, link_bytes: float, is_large: bool) -> None:
         if e.conditional != conditional:
             return
-        entry = kinds.setdefault(kind, {"per_layer": 0, "per_step": 0, "bytes": 0, "link_bytes": 0, "largest_bytes": 0})
-        entry["per_layer"] += 0 if conditional or e.trips[:1] != (layers,) else e.times / layers
+        entry = kinds.setdefault(kind, dict.fromkeys(fields, 0))
+        if body is not None and e.loops[:1] == (body,):
+            entry["per_layer"] += e.times / body_layers
+        else:
+            entry["outside"] += e.times
+            entry["outside_large"] += e.times * is_large
         entry["per_step"] += e.times
         entry["bytes"] += e.times * payload
         entry["link_bytes"] += e.times * link_bytes
         entry["largest_bytes"] = max(payload, entry["largest_bytes"])
 
     for c in hlo.collectives(module):
-        add(c.kind, c.executed, c.payload, c.link_bytes)
+        add(c.kind, c.executed, c.payload, c.link_bytes, c.payload >= large)
     for kind, loop in hlo.windowed(module):
-        add(f"{kind} in a ring", loop, 0, 0)
+        add(f"{kind} in a ring", loop, 0, 0, True)
     return dict(sorted(kinds.items()))
-
-
-def _attention_flops(deployed: Deployment, step: StepName) -> float:
-    """Per chip: each query meets the keys before it and itself; a score and a weighted value take 2 H flops each."""
-    config, options = deployed.config, deployed.options
-    context, chunk = options.max_length, options.chunk
-    # Prefill: the last chunk of the context. Decode: one query over the context and itself.
-    pairs = sum(range(context - chunk + 1, context + 1)) if step == "prefill" else context + 1
-    rows = deployed.rows(step) // deployed.mesh.data
-    return rows * pairs * 4 * config.head_dim * config.num_heads * config.num_layers / deployed.attention_shards
-
-
-def _hbm_bytes(deployed: Deployment, step: StepName, parameters: int) -> float:
-    """Per chip: weights read once, the cached context read once, new KV written (prefill: also as the exported copy)."""
-    config, options = deployed.config, deployed.options
-    if not config.tie_embeddings:  # of the input embedding only a few rows are read
-        parameters -= config.vocab_size * config.hidden_size * DTYPE_BYTES[config.dtype] // deployed.mesh.model
-    rows = deployed.rows(step) // deployed.mesh.data
-    token = cache_spec(config).bytes_per_token / deployed.attention_shards
-    logits = 4 * rows * config.vocab_size / deployed.mesh.model
-    if step == "decode":
-        return parameters + rows * token * (options.max_length + 1) + logits
-    return parameters + rows * token * (options.max_length + options.chunk) + logits
 
 
 def compile_steps(deployed: Deployment, progress: Callable[[str], None] = lambda text: None) -> dict[StepName, StepReport | DoesNotFit]:

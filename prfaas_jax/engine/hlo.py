@@ -15,6 +15,9 @@ DTYPE_BYTES = {
     **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
 }
 
+# numpy's name of a dtype -> HLO's.
+DTYPES = {"float32": "f32", "bfloat16": "bf16"}
+
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
@@ -90,7 +93,8 @@ class Executed:
         instruction: what runs.
         computation: its computation, by name.
         times: how often it runs in one call: the product of `trips`.
-        trips: trip counts of the enclosing loops, outermost first; a loop without a known count stands as 1.
+        loops: names of the enclosing loops, outermost first.
+        trips: their trip counts; a loop without a known count stands as 1.
         conditional: inside a branch that may not be taken.
         fused: inside a fusion, so that it does not touch memory by itself.
         operands: result shapes of its operands.
@@ -99,6 +103,7 @@ class Executed:
 
     instruction: Instruction
     computation: str
+    loops: tuple[str, ...]
     trips: tuple[int, ...]
     conditional: bool
     fused: bool
@@ -133,24 +138,25 @@ class Module:
 
     def executed(self) -> Iterator[Executed]:
         """Every instruction reachable from the entry, fusions and branches included, scalar reducers left out."""
-        yield from self._walk(self.entry, (), conditional=False, fused=False, around="")
+        yield from self._walk(self.entry, (), (), conditional=False, fused=False, around="")
 
-    def _walk(self, computation: str, trips: tuple[int, ...], conditional: bool, fused: bool, around: str) -> Iterator[Executed]:
+    def _walk(
+        self, computation: str, loops: tuple[str, ...], trips: tuple[int, ...], conditional: bool, fused: bool, around: str
+    ) -> Iterator[Executed]:
         table = self.computations[computation]
         for i in table.values():
             operands = tuple(table[o].shapes for o in i.operands if o in table)
             op_name = i.op_name or around
-            yield Executed(i, computation, trips, conditional, fused, operands, op_name)
+            yield Executed(i, computation, loops, trips, conditional, fused, operands, op_name)
+            inner = loops, trips
+            if i.opcode == "while":
+                inner = (*loops, i.name), (*trips, self.trip_count(i) or 1)
+            branch, fusion = i.opcode == "conditional", i.opcode == "fusion"
             for callee in _callees(i):
-                if callee not in self.computations:
-                    continue
-                inner = trips
-                if i.opcode == "while":
-                    inner = (*trips, self._trip_count(i) or 1)
-                branch, fusion = i.opcode == "conditional", i.opcode == "fusion"
-                yield from self._walk(callee, inner, conditional or branch, fused or fusion, op_name)
+                if callee in self.computations:
+                    yield from self._walk(callee, *inner, conditional or branch, fused or fusion, op_name)
 
-    def _trip_count(self, loop: Instruction) -> int | None:
+    def trip_count(self, loop: Instruction) -> int | None:
         """As the compiler wrote it down, else (TPU) from a counter that runs from 0 in constant steps; None when data decides."""
         if found := _TRIPS.search(loop.attributes):
             return int(found[1])
@@ -247,6 +253,15 @@ def collectives(module: Module) -> list[Collective]:
         if group > 1:
             found.append(Collective(kind, group, payload, e))
     return found
+
+
+def longest_loop(module: Module, trips: int) -> str | None:
+    """Name of the outermost loop of `trips` repetitions that holds the most instructions; None when there is none."""
+    sizes: dict[str, int] = {}
+    for e in module.executed():
+        if e.trips[:1] == (trips,):
+            sizes[e.loops[0]] = sizes.get(e.loops[0], 0) + 1
+    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def windowed(module: Module) -> list[tuple[str, Executed]]:
