@@ -35,7 +35,7 @@ PUBLISHED = {
     "llama_toy": (0.262720, 2048, 0),
     "qwen3_moe_toy": (0.363200, 2048, 0),
     "deepseek_toy": (0.439800, 800, 0),
-    "kimi_linear_toy": (0.795700, 480, 44_800),
+    "kimi_linear_toy": (0.640636, 480, 32_000),
     "gated_delta_toy": (0.496960, 512, 67_584),
     "qwen3_next_toy": (0.788288, 1024, 67_584),
     "mimo_toy": (0.788528, 1920, 122_880),
@@ -64,7 +64,7 @@ COMPILED = {
     "minimax_m2_5": (0, 1, 0),
     "paper_1t": (0, 4, 1),
     "gemma3_270m": (0, 6, 0),
-    "kimi_linear_toy": (1, 4, 1),
+    "kimi_linear_toy": (1, 3, 1),
     "deepseek_toy": (1, 1, 0),
     "mimo_toy": (1, 3, 0),
 }

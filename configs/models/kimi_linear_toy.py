@@ -1,7 +1,8 @@
-"""A Kimi Linear small enough for tests: 795,700 parameters, 480 KV bytes per token and 44,800 fixed bytes in float32.
+"""A Kimi Linear small enough for tests: 640,636 parameters, 480 KV bytes per token and 32,000 fixed bytes in float32.
 
-Ours, random weights. KDA:MLA as in Kimi-Linear-48B: every fourth layer is MLA and so is the last one; a dense first layer, then
-experts. It folds into 1 head layer, 2 x 4 body layers and 1 tail layer. 4 heads, so that a model axis of 1, 2 or 4 divides them.
+Ours, random weights. KDA:MLA 2:1, where Kimi-Linear-48B has 3:1: fewer layers compile faster. As there the last layer is MLA, the first
+is dense, the others have experts. It folds into 1 head layer, 2 x 3 body layers and 1 tail layer. 4 heads, so that a model axis of 1, 2
+or 4 divides them.
 
     python -m experiments.check_equivalence --model=configs/models/kimi_linear_toy.py
 """
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
                 "kda": {"mixer": kda, "mlp": moe},
                 "mla": {"mixer": mla, "mlp": moe},
             },
-            "layers": ["kda_dense", "kda", "kda", "mla", "kda", "kda", "kda", "mla", "kda", "mla"],
+            "layers": ["kda_dense", *["kda", "kda", "mla"] * 2, "mla"],
             "rms_norm_eps": 1e-5,
             "dtype": "float32",
         }

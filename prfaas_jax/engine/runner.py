@@ -15,7 +15,7 @@ from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_dec
 from prfaas_jax.engine.steps import Drawn, Steps
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
-from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, layer_blocks
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec, cache_spec
 from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
@@ -26,9 +26,6 @@ from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
 _CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
-
-# A state group's segments carry as many layers as fit in this, so that no receiver must stage it whole.
-_STATE_SEGMENT_BYTES = 8 << 20
 
 
 def choose_implementations(config: ModelConfig, options: EngineOptions, platform: str) -> tuple[str | None, ...]:
@@ -161,12 +158,11 @@ class Runner:
             if tokens[0] >= tokens[1]:
                 continue
             for t, array in enumerate(tensors):
-                for payload, heads in self._slices(group.cache.tensors[t], array, row):
-                    if group.cache.kind == "state":
-                        yield from self._state_segments(g, t, heads, tokens, payload[:, None])
-                    else:
-                        kept = payload[:, tokens[0] - start : tokens[1] - start]
-                        yield _segment(SegmentKey(g, t, (0, kept.shape[0]), tokens, heads), group, kept)
+                for values, heads in self._slices(group.cache.tensors[t], array, row):
+                    kept = values[:, None] if group.cache.kind == "state" else values[:, tokens[0] - start : tokens[1] - start]
+                    for layers in layer_blocks(group, t):
+                        key = SegmentKey(g, t, layers, tokens, heads)
+                        yield _segment(key, group, kept[layers[0] : layers[1]])
 
     def _slices(self, tensor: TensorSpec, array: jax.Array, row: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
         """One row's values [layers, (tokens,) heads, width] per head slice, without replicas and copies, and the heads that they are."""
@@ -181,14 +177,6 @@ class Runner:
                 continue  # another data shard's row, a replica or a copy
             seen.add(heads)
             yield np.asarray(shard.data)[:, row - rows[0]], heads
-
-    def _state_segments(
-        self, group: int, tensor: int, heads: tuple[int, int], tokens: tuple[int, int], values: np.ndarray
-    ) -> Iterator[Segment]:
-        step = max(1, _STATE_SEGMENT_BYTES // max(1, values[0].nbytes))
-        for layer in range(0, len(values), step):
-            part = values[layer : layer + step]
-            yield _segment(SegmentKey(group, tensor, (layer, layer + len(part)), tokens, heads), self.spec.groups[group], part)
 
     # --- warm-up -------------------------------------------------------------------------------------------------------------
 

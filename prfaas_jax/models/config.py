@@ -10,7 +10,7 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, LayerCache
 from prfaas_jax.models.layer_config import AttentionConfig, DenseConfig, Layer, Rope, RopeScaling
 from prfaas_jax.models.layer_dict import layer_from_dict, layer_to_dict, rope_scaling_from_dict
-from prfaas_jax.models.pattern import Pattern, fold
+from prfaas_jax.models.pattern import Pattern, fold, runs
 
 # Fields of the short form of a config: every layer alike, grouped-query attention and a dense feed-forward (`ModelConfig.dense`).
 _DENSE_FIELDS = (
@@ -99,6 +99,12 @@ class ModelConfig:
     def pattern(self) -> Pattern:
         """How the layers fold into (head, body x repeats, tail)."""
         return fold(self.layers)
+
+    @property
+    def body_runs(self) -> tuple[range, ...]:
+        """Runs of equal layers among the positions of the pattern's body."""
+        pattern = self.pattern
+        return runs(self.layers[pattern.head : pattern.head + pattern.period])
 
     def layer_caches(self) -> tuple[LayerCache, ...]:
         """What each layer keeps per request."""

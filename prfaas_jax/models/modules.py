@@ -19,11 +19,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Declares the parameters of one module; with `repeats`, those of all repeats of a pattern's body, stacked in front."""
+    """Declares the parameters of one module; with `layers`, those of so many equal layers, stacked in front."""
 
     config: ModelConfig
     rngs: nnx.Rngs
-    repeats: int | None = None
+    layers: int | None = None
 
     def __call__(
         self,
@@ -34,8 +34,8 @@ class Maker:
     ) -> nnx.Param:
         """One parameter: shape, logical axes (sharding.TABLE), initializer (normal by default), dtype (the model's by default)."""
         assert len(shape) == len(axes), (shape, axes)
-        if self.repeats is not None:
-            shape, axes = (self.repeats, *shape), ("layers", *axes)
+        if self.layers is not None:
+            shape, axes = (self.layers, *shape), ("layers", *axes)
         init = init or nnx.initializers.normal(0.02)
         return nnx.Param(init(self.rngs.params(), shape, jnp.dtype(dtype or self.config.dtype)), axes=axes)
 

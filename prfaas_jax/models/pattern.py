@@ -59,3 +59,9 @@ def _fold(layers: tuple[Hashable, ...]) -> Pattern:
             if found[:3] < best[:3]:
                 best = found
     return best[3]
+
+
+def runs(layers: Sequence[Hashable]) -> tuple[range, ...]:
+    """Positions of consecutive equal layers; inside a body each run is compiled once."""
+    starts = [i for i in range(len(layers)) if i == 0 or layers[i] != layers[i - 1]]
+    return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True))

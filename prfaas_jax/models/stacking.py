@@ -53,7 +53,8 @@ def layer_place(config: ModelConfig, layer: int) -> tuple[str, Shape]:
         return f"head/{layer}", ()
     repeat, position = divmod(layer - pattern.head, pattern.period) if pattern.repeats else (0, 0)
     if repeat < pattern.repeats:
-        return f"body/{position}", (repeat,)
+        number, run = next((n, run) for n, run in enumerate(config.body_runs) if position in run)
+        return f"body/{number}", (repeat * len(run) + position - run.start,)
     return f"tail/{layer - pattern.head - pattern.body_layers}", ()
 
 

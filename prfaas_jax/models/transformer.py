@@ -1,8 +1,9 @@
 """The decoder-only transformer as Flax NNX modules: embedding, a pattern of layers, final norm and output head.
 
-The layers run as (head, body x repeats, tail): weights of the body are stacked over its repeats and run as one `lax.scan`, so compile
-time follows the pattern and not the depth. Weight matrices keep the Hugging Face layout [out, in]. The model does not know where keys,
-latents and states live: that is the business of the `Cache` that it is given.
+The layers run as (head, body x repeats, tail). The repeats of the body are one `lax.scan`, and runs of equal layers inside it another, so
+compile time follows the pattern and not the depth; the weights of a run are stacked over all its layers, in order of depth. Weight
+matrices keep the Hugging Face layout [out, in]. The model does not know where keys, latents and states live: that is the business of
+the `Cache` that it is given.
 """
 
 import math
@@ -45,7 +46,7 @@ def island(shard: Sharder) -> Callable[[Callable, tuple, Any], Callable]:
 
 
 class Block(nnx.Module):
-    """One pre-norm layer; inside the body its weights are those of all repeats until the scan slices them."""
+    """One pre-norm layer; inside the body its weights are those of a whole run until the scan slices them."""
 
     def __init__(self, layer: Layer, make: Maker):
         config = make.config
@@ -84,12 +85,13 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         pattern, layers = config.pattern, config.layers
-        alone, stacked = Maker(config, rngs), Maker(config, rngs, pattern.repeats)
+        alone = Maker(config, rngs)
         table = (config.vocab_size, config.hidden_size), ("vocab", "embed")
         self.embed = alone(*table)
         first_tail = pattern.head + pattern.body_layers
         self.head = nnx.List([Block(layer, alone) for layer in layers[: pattern.head]])
-        self.body = nnx.List([Block(layers[pattern.head + p], stacked) for p in range(pattern.period)])
+        runs = config.body_runs
+        self.body = nnx.List([Block(layers[pattern.head + r.start], Maker(config, rngs, pattern.repeats * len(r))) for r in runs])
         self.tail = nnx.List([Block(layer, alone) for layer in layers[first_tail:]])
         self.final_norm = RMSNorm(alone, config.hidden_size, "embed", config.norm_offset)
         self.lm_head = None if config.tie_embeddings else alone(*table)
@@ -120,29 +122,45 @@ class Transformer(nnx.Module):
         pattern = self.config.pattern
         x, carry = alone(self.head, 0, x, carry)
         if pattern.repeats:
-            x, carry, new_by_position = self._body(x, places, step, carry)
-            for group, positions_of_group in places.body_positions().items():
-                parts = [new_by_position[p] for p in positions_of_group]
-                news[group].append(parts[0] if len(parts) == 1 else tuple(map(_interleave, zip(*parts, strict=True))))
+            x, carry, by_run = self._body(x, places, step, carry)
+            for group, members in places.body_groups().items():
+                news[group].append(tuple(map(_in_depth_order, zip(*(by_run[r] for r in members), strict=True))))
         x, carry = alone(self.tail, pattern.head + pattern.body_layers, x, carry)
         joined = tuple(tuple(_concatenate(tensors) for tensors in zip(*parts, strict=True)) for parts in news)
         return self.final_norm(x), carry, joined
 
     def _body(self, x: jax.Array, places: "_Places", step: Step, carry: Any) -> tuple[jax.Array, Any, tuple[New, ...]]:
-        """All repeats of the body as one scan; returns per position its new tensors, stacked over repeats."""
-        graph, stacked = nnx.split(self.body)
+        """All repeats of the body as one scan; returns per run its new tensors [repeats, layers of the run, ...]."""
+        split = [nnx.split(block) for block in self.body]
+        runs = self.config.body_runs
 
-        def body(state: tuple[jax.Array, Any], repeat: tuple[jax.Array, PyTree]) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
-            (x, carry), (index, weights) = state, repeat
+        def once(number: int, weights: PyTree, repeat: jax.Array, i: jax.Array | int, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
+            place = places.in_body(number, repeat, i)
+            x, carry, new = nnx.merge(split[number][0], weights)(state[0], place, step, state[1])
+            return (x, carry), new
+
+        def run_layers(number: int, weights: PyTree, repeat: jax.Array, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
+            if (length := len(runs[number])) == 1:
+                state, new = once(number, weights, repeat, 0, state)
+                return state, tuple(n[None] for n in new)
+
+            # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
+            def layer(state: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], New]:
+                mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, repeat * length + i, keepdims=False), split[number][1])
+                return once(number, mine, repeat, i, state)
+
+            return jax.lax.scan(layer, state, jnp.arange(length))
+
+        def body(state: tuple[jax.Array, Any], xs: tuple[jax.Array, list[PyTree]]) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
+            repeat, weights = xs
             news = []
-            blocks: nnx.List[Block] = nnx.merge(graph, weights)
-            for position, block in enumerate(blocks):
-                x, carry, new = block(x, places.in_body(position, index), step, carry)
+            for number in range(len(runs)):
+                state, new = run_layers(number, weights[number], repeat, state)
                 news.append(new)
-            return (x, carry), tuple(news)
+            return state, tuple(news)
 
-        repeats = jnp.arange(self.config.pattern.repeats)
-        (x, carry), news = jax.lax.scan(body, (x, carry), (repeats, stacked))
+        single = [weights if len(run) == 1 else None for run, (_, weights) in zip(runs, split, strict=True)]
+        (x, carry), news = jax.lax.scan(body, (x, carry), (jnp.arange(self.config.pattern.repeats), single))
         return x, carry, news
 
     def _rope(self, positions: Int[Array, "B T"]) -> dict[tuple[Rope, int], Tables]:
@@ -165,10 +183,10 @@ def _rope_key(layer: Layer) -> tuple[Rope, int] | None:
     return None
 
 
-def _interleave(parts: tuple[jax.Array, ...]) -> jax.Array:
-    """Layers of several body positions, each [repeats, ...], in order of depth."""
-    stacked = jnp.stack(parts, axis=1)
-    return stacked.reshape(math.prod(stacked.shape[:2]), *stacked.shape[2:])
+def _in_depth_order(runs: tuple[jax.Array, ...]) -> jax.Array:
+    """Layers of several runs of the body, each [repeats, layers, ...], as one axis."""
+    joined = runs[0] if len(runs) == 1 else jnp.concatenate(runs, axis=1)
+    return joined.reshape(math.prod(joined.shape[:2]), *joined.shape[2:])
 
 
 def _concatenate(parts: tuple[jax.Array, ...]) -> jax.Array:
@@ -176,25 +194,25 @@ def _concatenate(parts: tuple[jax.Array, ...]) -> jax.Array:
 
 
 class _Places:
-    """Where each layer's cache lies, for layers by themselves and for traced repeats of the body."""
+    """Where each layer's cache lies, for layers by themselves and for traced layers of the body."""
 
     def __init__(self, config: ModelConfig):
-        self.groups, self.pattern = cache_spec(config).groups, config.pattern
+        self.groups, self.pattern, self.runs = cache_spec(config).groups, config.pattern, config.body_runs
         self._of = {layer: (g, i) for g, group in enumerate(self.groups) for i, layer in enumerate(group.layers)}
 
     def at(self, layer: int) -> Place:
         group, index = self._of[layer]
         return Place(group, index, layer)
 
-    def in_body(self, position: int, repeat: jax.Array) -> Place:
-        first = self.pattern.head + position
+    def in_body(self, run: int, repeat: jax.Array, i: jax.Array | int) -> Place:
+        first = self.pattern.head + self.runs[run].start
         group, index = self._of[first]
-        stride = len(self.body_positions()[group])
-        return Place(group, index + repeat * stride, first + repeat * self.pattern.period)
+        stride = sum(len(self.runs[r]) for r in self.body_groups()[group])
+        return Place(group, index + repeat * stride + i, first + repeat * self.pattern.period + i)
 
-    def body_positions(self) -> dict[int, list[int]]:
-        """Group -> positions of the body that belong to it."""
+    def body_groups(self) -> dict[int, list[int]]:
+        """Group -> runs of the body that belong to it."""
         found: dict[int, list[int]] = {}
-        for position in range(self.pattern.period):
-            found.setdefault(self._of[self.pattern.head + position][0], []).append(position)
+        for number, run in enumerate(self.runs):
+            found.setdefault(self._of[self.pattern.head + run.start][0], []).append(number)
         return found

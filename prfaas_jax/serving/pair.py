@@ -20,6 +20,9 @@ from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
 
 READY_S = 600.0
 
+# Longer than one program of a hybrid takes to compile on a busy CPU: servers started without warm-up compile when first asked.
+_IDLE_S = 120.0
+
 
 class GenerateFailed(PrfaasError):
     """A server ended a Generate call with an error status."""
@@ -84,7 +87,8 @@ def launch_server(processes: Processes, name: str, role: str, options: EngineOpt
     """Starts a "prefill" or "decode" server on a free loopback port, without waiting for it."""
     # On one machine a peer that answers late is busy (compiling, most often), not gone.
     env = environment() | {PING_TIMEOUT_ENV: "20"}
-    return processes.launch(name, module_command(f"experiments.serve_{role}", dataclasses.asdict(options)), env)
+    flags = dataclasses.asdict(options) | ({"idle_s": _IDLE_S} if role == "decode" else {})
+    return processes.launch(name, module_command(f"experiments.serve_{role}", flags), env)
 
 
 class Pair:
