@@ -11,12 +11,18 @@ from prfaas_jax.sharding import TABLE, MeshSpec, Sharder, check_divides, make_me
 
 @pytest.mark.parametrize(
     ("text", "spec"),
-    [("data:1,model:2", MeshSpec(1, 2)), ("model:4", MeshSpec(1, 4)), ("data:2", MeshSpec(2, 1)), (" model:2 , data:3 ", MeshSpec(3, 2))],
+    [
+        ("data:1,model:2", MeshSpec(1, 2)),
+        ("model:4", MeshSpec(1, 4)),
+        ("data:2", MeshSpec(2, 1)),
+        (" model:2 , data:3 ", MeshSpec(3, 2)),
+        ("data:1,expert:4,model:2", MeshSpec(1, 2, expert=4)),
+    ],
 )
 def test_mesh_spec_reads_what_it_writes(text, spec):
     assert MeshSpec.parse(text) == spec
     assert MeshSpec.parse(str(spec)) == spec
-    assert spec.size == spec.data * spec.model
+    assert spec.size == spec.data * spec.expert * spec.model == spec.data * spec.tensor
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ def test_malformed_mesh_names_the_flag(text):
 
 def test_mesh_lays_devices_out_data_major():
     mesh = make_mesh(MeshSpec(2, 2))
-    assert dict(mesh.shape) == {"data": 2, "model": 2}
+    assert dict(mesh.shape) == {"data": 2, "expert": 1, "model": 2}
     assert mesh.devices.ravel().tolist() == jax.devices()[:4]
 
 
@@ -48,6 +54,22 @@ def test_the_two_readings_differ_in_the_sequence_only():
     assert prefill.spec("batch", "seq", "embed") == P("data", "model", None)
     assert decode.spec("batch", "seq", "embed") == P("data", None, None)
     assert prefill.spec("kv_heads", "pages", None, "head_dim") == P("model", "data", None, None)
+
+
+def test_the_expert_axis_splits_experts_and_joins_the_model_axis_elsewhere():
+    sharder = Sharder(make_mesh(MeshSpec(1, 2, expert=2)), "decode")
+    assert sharder.spec("experts", "expert_mlp", "embed") == P("expert", "model", None)
+    assert sharder.spec("heads", "embed") == P(("expert", "model"), None) == sharder.spec("vocab", "embed")
+    assert sharder.size("heads") == 4 and sharder.size("experts") == 2
+
+
+@pytest.mark.parametrize(("heads", "copies", "sharded"), [(8, 1, True), (4, 1, True), (2, 2, False), (1, 4, False)])
+def test_heads_fewer_than_devices_live_on_several(heads, copies, sharded):
+    sharder = Sharder(make_mesh(MeshSpec(1, 4)), "decode")
+    assert sharder.copies(heads) == copies
+    assert sharder.spec(f"kv_heads/{heads}") == (P("model") if sharded else P(None))
+    spread = sharder.spread(jnp.arange(heads), heads, axis=0)
+    assert spread.tolist() == np.repeat(np.arange(heads), copies).tolist()
 
 
 def test_replicated_attention_keeps_heads_whole_and_shards_the_rest():
@@ -89,3 +111,12 @@ def test_check_divides_names_axis_and_way_out():
     assert "--decode_mesh='data:1,model:2'" in message and "heads=9" in message and "attention=replicated" in message
     with pytest.raises(InvalidInput, match="mlp=1536"):
         check_divides(sizes, MeshSpec(1, 5), "replicated")
+
+
+def test_kv_heads_may_divide_the_devices_and_experts_must_be_divided():
+    check_divides([("heads", 8), ("kv_heads", 2)], MeshSpec(1, 4), "sharded")
+    with pytest.raises(InvalidInput, match="kv_heads=3"):
+        check_divides([("kv_heads", 3)], MeshSpec(1, 4), "sharded")
+    check_divides([("experts", 8), ("expert_mlp", 6)], MeshSpec(1, 2, expert=4), "sharded")
+    with pytest.raises(InvalidInput, match=r"axes expert that divides experts=6"):
+        check_divides([("experts", 6)], MeshSpec(1, 1, expert=4), "sharded")

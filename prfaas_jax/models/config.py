@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
@@ -110,12 +110,13 @@ class ModelConfig:
         """What each layer keeps per request."""
         return tuple(layer.mixer.cache(self.dtype) for layer in self.layers)
 
-    def axis_sizes(self) -> Iterator[tuple[str, int]]:
+    def axis_sizes(self) -> tuple[tuple[str, int], ...]:
         """(logical axis, size) of everything that a mesh may shard (sharding.TABLE), each pair once."""
-        pairs = [("vocab", self.vocab_size)]
+        pairs: list[tuple[str, int]] = []
         for layer in dict.fromkeys(self.layers):
             pairs += [*layer.mixer.axis_sizes(), *layer.mlp.axis_sizes()]
-        yield from dict.fromkeys(pairs)
+        pairs.append(("vocab", self.vocab_size))
+        return tuple(dict.fromkeys(pairs))
 
     def num_params(self) -> int:
         """Number of parameters, norms and biases included."""
