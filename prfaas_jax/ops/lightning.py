@@ -10,15 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.ops.token_chunks import (
-    CHUNK,
-    einsum,
-    float_where_live,
-    join_chunks,
-    live_in_chunk,
-    live_tokens,
-    split_chunks,
-)
+from prfaas_jax.ops.products import einsum, row_sum
+from prfaas_jax.ops.token_chunks import CHUNK, float_where_live, join_chunks, live_in_chunk, live_tokens, split_chunks
 
 IMPLEMENTATIONS = ("recurrent", "chunkwise")
 
@@ -33,7 +26,9 @@ def log_decay(layer: Int[Array, ""] | int, num_layers: int, num_heads: int) -> F
 
     Heads are all of the model's: a shard takes its slice.
     """
-    factor = 1 - jnp.asarray(layer, jnp.float32) / (num_layers - 1 + 1e-5) + 1e-5
+    # 1 - layer / (num_layers - 1 + 1e-5) + 1e-5 without cancellation: at the last layer it is 1e-5 and a bit.
+    last = num_layers - 1
+    factor = (jnp.asarray(last - layer, jnp.float32) + 1e-5) / (last + 1e-5) + 1e-5
     return -jnp.asarray(lightning_slopes(num_heads), jnp.float32) * factor
 
 
@@ -63,26 +58,23 @@ def lightning(
     Raises:
         InvalidInput: unknown implementation.
     """
-    tokens = q.shape[1]
-    name = implementation or ("recurrent" if tokens == 1 else "chunkwise")
+    name = implementation or ("recurrent" if q.shape[1] == 1 else "chunkwise")
     if name not in IMPLEMENTATIONS:
         raise InvalidInput("implementation", name, f"one of {IMPLEMENTATIONS}")
-    live = live_tokens(tokens, valid)
-    q, k, v = (float_where_live(x, live) for x in (q, k, v))
-    if name == "recurrent":
-        return _recurrent(q, k, v, log_decay, state, valid)
-    return _chunkwise(q, k, v, log_decay, state, valid)
+    return (_recurrent if name == "recurrent" else _chunkwise)(q, k, v, log_decay, state, valid)
 
 
 def _recurrent(q: Array, k: Array, v: Array, log_decay: Array, state: Array, valid: Array) -> tuple[Array, Array]:
     decay = jnp.exp(log_decay)[:, None, None]
 
     def step(state: Float[Array, "B H d d"], token: tuple[Array, ...]) -> tuple[Array, Array]:
-        position, q, k, v = token
+        position, *padded = token
+        live = (position < valid)[:, None]
+        q, k, v = (float_where_live(x[:, None], live)[:, 0] for x in padded)
         new = decay * state + k[..., None] * v[..., None, :]
         # The old state is read, not the new one, so that reading does not wait for writing.
-        seen = einsum("bhk,bhkv->bhv", q, state) * decay[..., 0] + (q * k).sum(axis=-1, keepdims=True) * v
-        return jnp.where((position < valid)[:, None, None, None], new, state), seen
+        seen = einsum("bhk,bhkv->bhv", q, state) * decay[..., 0] + row_sum(q * k) * v
+        return jnp.where(live[..., None, None], new, state), seen
 
     by_token = (jnp.arange(q.shape[1]), *(x.swapaxes(0, 1) for x in (q, k, v)))
     if q.shape[1] == 1:
@@ -101,8 +93,8 @@ def _chunkwise(q: Array, k: Array, v: Array, log_decay: Array, state: Array, val
 
     @jax.checkpoint
     def body(state: Float[Array, "B H d d"], chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        live, *tokens = chunk
-        q, k, v = (x.swapaxes(1, 2) for x in tokens)
+        live, *padded = chunk
+        q, k, v = (float_where_live(x, live_tokens(CHUNK, live)).swapaxes(1, 2) for x in padded)
         seen = einsum("bhik,bhjk->bhij", q, k) * within
         out = einsum("bhik,bhkv->bhiv", q * since_start, state) + einsum("bhij,bhjv->bhiv", seen, v)
         # Keys at padding are zero: they only must not overflow.

@@ -4,17 +4,11 @@ The scan's body has the same shapes whatever the sequence's length, so a sequenc
 the very same operations.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # Tokens per chunk. Recurrent states are exact at multiples of it.
 CHUNK = 64
-
-# Products of float32 as float32: the default of GPUs and TPUs rounds the factors to fewer bits.
-einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def live_tokens(tokens: int, valid: Int[Array, " B"]) -> Bool[Array, "B T"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.ops.delta_rule import chunkwise, recurrent
+from prfaas_jax.ops.products import row_sum
 
 IMPLEMENTATIONS = ("recurrent", "chunkwise")
 
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = ("recurrent", "chunkwise")
 def l2_normalize(x: Float[Array, "*rest d"]) -> Float[Array, "*rest d"]:
     """`x / sqrt(sum x^2 + 1e-6)` over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    return x / jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-6)
+    return x / jnp.sqrt(row_sum(jnp.square(x)) + 1e-6)
 
 
 def delta_rule(

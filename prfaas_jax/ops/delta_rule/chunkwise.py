@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prfaas_jax.ops.delta_rule.within_chunk import inverse_of_one_plus, scores_per_channel, scores_per_head
-from prfaas_jax.ops.token_chunks import CHUNK, einsum, float_where_live, join_chunks, live_in_chunk, live_tokens, split_chunks
+from prfaas_jax.ops.products import einsum
+from prfaas_jax.ops.token_chunks import CHUNK, float_where_live, join_chunks, live_in_chunk, live_tokens, split_chunks
 
 
 class _Chunk(NamedTuple):
-    """One chunk, ready to meet a state: `solve` maps what a token's key does not explain of its value to the updates."""
+    """One chunk, ready to meet a state. `solve` maps what the state and a token's key do not explain of its value to the updates."""
 
     live: Int[Array, " B"]
     keys_in: Float[Array, "B H C dk"]

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.ops.token_chunks import einsum, float_where_live
+from prfaas_jax.ops.products import einsum, row_sum
+from prfaas_jax.ops.token_chunks import float_where_live
 
 
 def delta_rule(
@@ -27,7 +28,7 @@ def delta_rule(
         read = einsum("bhik,bhkv->bhiv", jnp.stack([k * decay, q * decay], axis=2), state)
         update = beta * (v - read[:, :, 0])
         new = decay[..., None] * state + k[..., None] * update[..., None, :]
-        out = read[:, :, 1] + (k * q).sum(axis=-1, keepdims=True) * update
+        out = read[:, :, 1] + row_sum(k * q) * update
         return jnp.where(live[..., None, None], new, state), out
 
     by_token = (jnp.arange(q.shape[1]), *(x.swapaxes(0, 1) for x in (q, k, v, g, beta)))

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from prfaas_jax.ops.token_chunks import einsum
+from prfaas_jax.ops.products import einsum
 
-# Up to this size, distances between tokens are summed directly and blocks are inverted in place; beyond, from halves.
+# Up to this size, blocks are treated whole under masks, as smaller products would cost as much; beyond, by halves.
 NEAR = 16
-_HALVES_NEAR = (2, 4, 8)
+_HALVES = (1, 2, 4, 8)
 
 
 class Scores(NamedTuple):
@@ -51,40 +51,43 @@ def scores_per_channel(q: Float[Array, "*n C dk"], k: Float[Array, "*n C dk"], g
 
     Between the halves the decay factors at their border: from the earlier token to the border times from the border to the later one.
     """
-    near, since, until = _near_distances(g)
-    keys, queries = _pairs(q, k, g)
-    while (size := keys.shape[-1]) < q.shape[-2]:
-        if size < NEAR:
-            to_border, from_border = _halves(_blocks(near[size], size))
-        else:
-            to_border, from_border = _halves(until)[0], _halves(since)[1]
-            since, until = _extend(since, until)
+    scores = _near_scores(_blocks(q, NEAR), _blocks(k, NEAR), _blocks(g, NEAR))
+    while (size := scores.keys.shape[-1]) < q.shape[-2]:
         (k1, k2), (_, q2) = _halves(_blocks(k, size)), _halves(_blocks(q, size))
-        earlier, later = k1 * jnp.exp(to_border), jnp.exp(from_border)
-        (keys1, keys2), (queries1, queries2) = _halves(keys), _halves(queries)
-        keys = _lower(keys1, einsum("...ik,...jk->...ij", k2 * later, earlier), keys2)
-        queries = _lower(queries1, einsum("...ik,...jk->...ij", q2 * later, earlier), queries2)
-    return Scores(*(x.squeeze(-3) for x in (keys, queries, since, until)))
+        earlier, later = k1 * jnp.exp(_halves(scores.until_end)[0]), jnp.exp(_halves(scores.since_start)[1])
+        (keys1, keys2), (queries1, queries2) = _halves(scores.keys), _halves(scores.queries)
+        scores = Scores(
+            _lower(keys1, einsum("...ik,...jk->...ij", k2 * later, earlier), keys2),
+            _lower(queries1, einsum("...ik,...jk->...ij", q2 * later, earlier), queries2),
+            *_extend(scores.since_start, scores.until_end),
+        )
+    return Scores(*(x.squeeze(-3) for x in scores))
 
 
-def _near_distances(
-    g: Float[Array, "*n C dk"],
-) -> tuple[dict[int, Float[Array, "*n C dk"]], Float[Array, "*n m NEAR dk"], Float[Array, "*n m NEAR dk"]]:
-    """Within blocks of `NEAR` tokens: log decay of each token to (in a first half) or from (in a second half) the border between the
-    halves of its block of 2 s tokens, for each s; since the start of the block of `NEAR`; and until its end.
+def _near_scores(q: Float[Array, "*n NEAR dk"], k: Float[Array, "*n NEAR dk"], g: Float[Array, "*n NEAR dk"]) -> Scores:
+    """Scores of blocks of `NEAR` tokens: for every size of halves one product of all tokens, of which a mask keeps the blocks wanted.
 
-    As one product with zeros and ones, which runs several times faster on a CPU than the sums do.
+    Distances in log decay come from one product with zeros and ones, which takes a CPU less time than running sums.
     """
     i, t = np.arange(NEAR)[:, None], np.arange(NEAR)
     spans = []
-    for size in _HALVES_NEAR:
-        border = i // (2 * size) * 2 * size + size
+    for half in _HALVES:
+        # From an earlier half to the border between the two, exclusive of the token itself; from the border to a later token.
+        border = i // (2 * half) * 2 * half + half
         spans.append(np.where(i < border, (i < t) & (t < border), (border <= t) & (t <= i)))
     spans += [t <= i, t > i]
-    blocks = _blocks(g, NEAR)
-    summed = einsum("xit,...td->...xid", jnp.asarray(np.stack(spans), jnp.float32), blocks)
-    *near, since, until = (summed[..., x, :, :] for x in range(len(spans)))
-    return {size: x.reshape(g.shape) for size, x in zip(_HALVES_NEAR, near, strict=True)}, since, until
+    distance = einsum("xit,...td->x...id", jnp.asarray(np.stack(spans), jnp.float32), g)
+    decay = jnp.exp(distance[: len(_HALVES)])
+    decayed = k * decay
+    keys, queries = einsum("...ik,...jk->...ij", decayed, decayed), einsum("...ik,...jk->...ij", q * decay, decayed)
+    below = [_below(half) for half in _HALVES]
+    own = jnp.where(np.eye(NEAR, dtype=bool), einsum("...ik,...jk->...ij", q, k), 0)
+    return Scores(
+        sum((jnp.where(mask, x, 0) for mask, x in zip(below, keys, strict=True)), jnp.zeros_like(own)),
+        sum((jnp.where(mask, x, 0) for mask, x in zip(below, queries, strict=True)), own),
+        distance[-2],
+        distance[-1],
+    )
 
 
 def _extend(since: Float[Array, "*n m s d"], until: Float[Array, "*n m s d"]) -> tuple[Array, Array]:
@@ -97,18 +100,6 @@ def _extend(since: Float[Array, "*n m s d"], until: Float[Array, "*n m s d"]) ->
     return since.reshape(*since.shape[:-3], 2 * size, dim), until.reshape(*until.shape[:-3], 2 * size, dim)
 
 
-def _pairs(q: Array, k: Array, g: Array) -> tuple[Float[Array, "*n m 2 2"], Float[Array, "*n m 2 2"]]:
-    """Products of keys and of queries with keys in blocks of two tokens, without products of matrices so small."""
-    decayed = k[..., 0::2, :] * jnp.exp(g[..., 1::2, :])
-    own, zero = (q * k).sum(axis=-1), jnp.zeros(decayed.shape[:-1])
-
-    def block(*entries: Array) -> Array:
-        return jnp.stack(entries, axis=-1).reshape(*zero.shape, 2, 2)
-
-    keys = block(zero, zero, (k[..., 1::2, :] * decayed).sum(axis=-1), zero)
-    return keys, block(own[..., 0::2], zero, (q[..., 1::2, :] * decayed).sum(axis=-1), own[..., 1::2])
-
-
 def inverse_of_one_plus(a: Float[Array, "*n C C"]) -> Float[Array, "*n C C"]:
     """`(I + a)^-1` for `a` strictly lower triangular; C is `NEAR` times a power of 2.
 
@@ -117,8 +108,7 @@ def inverse_of_one_plus(a: Float[Array, "*n C C"]) -> Float[Array, "*n C C"]:
     size, chunk = NEAR, a.shape[-1]
     near = _diagonal_blocks(a, size, 0)
     inverse = jnp.eye(size) - jnp.where(_below(1), near, 0)
-    for half in _HALVES_NEAR:
-        # Whole blocks of `NEAR` under a mask, where smaller products would cost as much.
+    for half in _HALVES[1:]:
         inverse -= einsum("...ij,...jk,...kl->...il", inverse, jnp.where(_below(half), near, 0), inverse)
     while size < chunk:
         first, second = _halves(inverse)
