@@ -33,7 +33,7 @@ _IN_PLACE = ("scatter", "dynamic-update-slice")
 # Attributes that name the computations an operation runs; "calls" for every other.
 _RUNS = {"while": ("body",), "conditional": ("branch_computations", "true_computation", "false_computation"), "call": ("to_apply",)}
 
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -41,10 +41,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: dtype as HLO names it, dimensions."""
+    """One array: dtype as HLO names it, dimensions, and where it lies: 0 the device's memory, 1 the fast memory of a TPU core."""
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0
 
     @property
     def size(self) -> int:
@@ -210,7 +211,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(kind: str) -> tuple[Shape, ...]:
-    return tuple(Shape(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(kind))
+    return tuple(Shape(d, tuple(int(n) for n in dims.split(",") if n), int(space or 0)) for d, dims, space in _ARRAY.findall(kind))
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------------
@@ -365,12 +366,15 @@ def _convolution(e: Executed) -> int:
 def copies_of(module: Module, size: int, dtype: str) -> list[str]:
     """Operations that write a buffer of `size` elements of `dtype` and do not update it in place: "opcode name xN".
 
-    Fusions count by their root; what is inside a fusion touches no memory of its own.
+    Fusions count by their root; what is inside a fusion touches no memory of its own. A TPU takes small pools into its fast memory while
+    it works on them, and back: no copies either.
     """
     found = []
     for e in module.executed():
         i = e.instruction
         if e.fused or i.opcode in _NO_COPY or i.opcode.endswith("-done"):
+            continue
+        if i.opcode == "copy-start" and {s.space for s in i.shapes[:2]} == {0, 1}:
             continue
         roots = _roots(module, i)
         written = [s for s in i.shapes if s.size == size and s.dtype == dtype]

@@ -84,8 +84,10 @@ device_description_str: "NVIDIA H200"
 }
 
 # No metadata server off the cloud, and no complaint about it; the names stand for no machine, the topology comes with each compilation.
+# No TPU is opened, so several processes may compile at once.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
