@@ -16,4 +16,7 @@ def row_sum(x: Float[Array, "*rows d"]) -> Float[Array, "*rows 1"]:
     As a product with ones: XLA's CPU backend chooses the order of a reduction, but not of a matrix product, by the number of rows. The
     ones are a few columns wide, since a single one would be a reduction again.
     """
+    if x.size == x.shape[-1]:
+        # A single row would be the product of a vector.
+        return row_sum(jnp.stack([x, x]))[0]
     return einsum("...d,dj->...j", x, jnp.ones((x.shape[-1], 8)))[..., :1]

@@ -200,7 +200,8 @@ def test_l2_normalize_treats_every_row_alike() -> None:
     normalized = np.asarray(jax.jit(l2_normalize)(x))
     expected = x / np.sqrt(np.square(x, dtype=np.float64).sum(axis=-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(normalized, expected, rtol=1e-6)
-    np.testing.assert_array_equal(jax.jit(l2_normalize)(x[0, :, :7]), normalized[0, :, :7])
+    for few in (1, 7):
+        np.testing.assert_array_equal(jax.jit(l2_normalize)(x[0, 0, :few]), normalized[0, 0, :few])
 
 
 @pytest.mark.parametrize(("change", "field"), [({"implementation": "magic"}, "implementation"), ({"g": np.zeros((1, 4, 2, 3))}, "g.shape")])
