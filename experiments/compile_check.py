@@ -65,15 +65,15 @@ def _toy(model: str, target: str, mesh: str, growth: bool = False) -> Case:
 
 # The slowest first: they run side by side.
 CASES = (
-    Case("kimi_linear_48b", "tpu:v6e:4x4", "expert:8,model:2", batch=32, context=4096),
-    Case("kimi_linear_48b", "gpu:h200:1x1x8", "expert:8", batch=32, context=4096),
+    Case("kimi_linear_48b", "tpu:v6e:4x4", "data:2,expert:8", batch=32, context=4096),
+    Case("kimi_linear_48b", "gpu:h200:1x1x8", "expert:4,model:2", batch=32, context=4096),
     _toy("kimi_linear_toy", "tpu:v5e:2x2", "expert:2,model:2", growth=True),
     _toy("mimo_toy", "gpu:h200:1x1x4", "expert:4", growth=True),
     _toy("lightning_toy", "tpu:v5e:2x2", "expert:4"),
     _toy("gated_delta_toy", "tpu:v5e:2x2", "model:4"),
     _toy("qwen3_next_toy", "gpu:h200:1x1x4", "expert:2,model:2"),
-    _toy("gemma3_toy", "gpu:h200:1x1x4", "data:2,model:2"),
-    _toy("deepseek_toy", "tpu:v5e:2x2", "data:2,expert:2"),
+    _toy("gemma3_toy", "gpu:h200:1x1x4", "model:4"),
+    _toy("deepseek_toy", "tpu:v5e:2x2", "expert:2,model:2"),
     _toy("qwen3_moe_toy", "gpu:h200:1x1x2", "expert:2"),
     Case("qwen3_0_6b", "gpu:h200:1x1x2", "data:1,model:2", batch=8, context=2048, growth=True),
     Case("qwen3_8b", "gpu:h200:1x1x8", "data:1,model:8", batch=32, context=4096),
@@ -89,14 +89,22 @@ def check_step(deployed: "Deployment", report: "StepReport") -> Iterator[Check]:
     """Everything that one compiled step must satisfy."""
     pools = report.bytes_per_chip["pools"]
     yield "fits", report.fits, f"{report.bytes_per_chip['total'] / 2**30:.2f} GiB of {deployed.chip.hbm_bytes / 2**30:.2f} GiB"
-    yield "no pool copy", not report.pool_copies, ", ".join(report.pool_copies) or "none"
+    if deployed.platform != "tpu" or _fills_lanes(deployed):
+        yield "no pool copy", not report.pool_copies, ", ".join(report.pool_copies) or "none"
     yield "pools aliased", report.aliased_bytes >= pools, f"{report.aliased_bytes} of {pools} bytes"
     kernels = expected_kernels(deployed, report.step)
     yield "kernels", report.kernels == kernels, f"{report.kernels}, expected {kernels}"
     yield from _check_collectives(deployed, report)
     expected = matmul_flops(deployed, report)
+    most = expected + _mergeable_flops(deployed, report)
     found = report.flops_per_chip - sum(report.island_flops_per_chip.values())
-    yield "flops of all matmuls", abs(found / expected - 1) < 0.01, f"{found:.5g}, expected {expected:.5g}"
+    seen = f"{found:.5g}, expected {expected:.5g}{f' to {most:.5g}' if most > expected else ''}"
+    yield "flops of all matmuls", 0.99 * expected < found < 1.01 * most, seen
+
+
+def _fills_lanes(deployed: "Deployment") -> bool:
+    """Whether all cached rows are as wide as a TPU's vectors: it re-lays narrower pools, which only toys have."""
+    return all(t.width >= 128 for group in deployed.steps().spec.groups for t in group.cache.tensors)
 
 
 def expected_kernels(deployed: "Deployment", step: str) -> dict[str, int]:
@@ -142,11 +150,13 @@ def _check_collectives(deployed: "Deployment", report: "StepReport") -> Iterator
     seen = count("per_layer")
     yield "collectives per layer", seen == {k: round(v, 6) for k, v in expected.items()}, f"{seen}, expected {expected}"
 
-    # Beside head and tail layers: partial rows of the embedding are summed.
+    # Beside head and tail layers: partial rows of the embedding are summed, and prompts' last tokens are looked up in gathered rows.
     alone = config.num_layers - len(body)
     expected = {what: n for what, n in {"gathers": gathers * alone, "reductions": 2 * alone + 1}.items() if n}
     seen = count("outside_large")
-    yield "large collectives outside the body", seen == expected, f"{seen}, expected {expected}"
+    looked_up = {**expected, "gathers": gathers * alone + 1}
+    ok = seen == expected or (not decode and seen == looked_up)
+    yield "large collectives outside the body", ok, f"{seen}, expected {expected}{'' if decode else ' or a gather more'}"
 
     activations = deployed.activation_bytes(report.step)
     largest = max((c["largest_bytes"] for c in found.values()), default=0)
@@ -169,10 +179,14 @@ _NO_MATRIX = ("sinks", "a_log", "dt_bias", "correction_bias", "bias", "shared_ga
 
 
 def matmul_flops(deployed: "Deployment", report: "StepReport") -> float:
-    """Per chip: two per weight of the chip and token of its data shard in the layers, and per row in the head."""
+    """Per chip: two per weight of the chip and token of its data shard in the layers, and per row in the head.
+
+    Of weights that all chips hold because there are fewer kv heads than chips, each needs those of one head.
+    """
     from prfaas_jax.models.params import flat_names
 
     steps, data = deployed.steps(), deployed.mesh.data
+    shard = steps.sharders["decode"]
     placed, total = flat_names(steps.params_shardings), 0.0
     head = "embed" if deployed.config.tie_embeddings else "lm_head"
     for name, leaf in flat_names(steps.abstract_params).items():
@@ -180,8 +194,19 @@ def matmul_flops(deployed: "Deployment", report: "StepReport") -> float:
         if set(parts) & {*_IN_ISLANDS, *_NO_MATRIX} or any("norm" in part for part in parts) or (name == "embed" != head):
             continue
         uses = report.rows if name == head else report.tokens
-        total += 2 * uses / data * math.prod(placed[name].get_value().shard_shape(leaf.shape))
+        heads = [int(axis.partition("/")[2]) for axis in leaf.axes if "/" in axis]
+        needed = math.prod(1 / n for n in heads if shard.copies(n) > 1)
+        total += 2 * uses / data * needed * math.prod(placed[name].get_value().shard_shape(leaf.shape))
     return total
+
+
+def _mergeable_flops(deployed: "Deployment", report: "StepReport") -> float:
+    """Per chip: shared experts' wide parts, which GPU compilers may multiply together with the router, under its name, in one dtype."""
+    config = deployed.config
+    if deployed.platform != "cuda" or config.dtype != "float32":
+        return 0.0
+    shared = sum(layer.mlp.shared_size for layer in config.layers if isinstance(layer.mlp, MoeConfig))
+    return 4.0 * report.tokens * config.hidden_size * shared / deployed.mesh.size
 
 
 def check_case(case: Case, show: Any) -> tuple[list[Check], dict[str, Any]]:

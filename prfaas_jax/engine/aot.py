@@ -22,7 +22,7 @@ from prfaas_jax.engine.runner import choose_implementations, pool_geometry
 from prfaas_jax.engine.steps import Steps
 from prfaas_jax.engine.targets import GPU_TARGET_CONFIG, Chip, Target
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.kvcache.pools import pool_axes, pool_shapes
+from prfaas_jax.kvcache.pools import pool_shapes, pool_shardings
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, cache_spec
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.params import flat_names
@@ -201,11 +201,8 @@ def lower_step(deployed: Deployment, step: StepName) -> Lowered:
     steps = deployed.steps()
     shard = steps.sharders["decode"]
     pools = pool_shapes(steps.spec, steps.geometry, shard)
-    tensors = [t for group in steps.spec.groups for t in group.cache.tensors]
-    shards = [
-        (math.prod(shard(*pool_axes(t)).shard_shape(pool.shape)), pool.dtype)
-        for t, pool in zip(tensors, jax.tree.leaves(pools), strict=True)
-    ]
+    placed = jax.tree.leaves(pool_shardings(steps.spec, shard))
+    shards = [(math.prod(where.shard_shape(pool.shape)), pool.dtype) for where, pool in zip(placed, jax.tree.leaves(pools), strict=True)]
     rows, width = deployed.rows(step), steps.geometry.width
     plan: Any = plan_prefill([], rows, deployed.options.chunk, width) if step == "prefill" else plan_decode([], rows, width)
     plan = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), plan)
@@ -299,7 +296,7 @@ def _summary(module: hlo.Module, body: str | None, body_layers: int, large: int,
             return
         entry = kinds.setdefault(kind, dict.fromkeys(fields, 0))
         if body is not None and e.loops[:1] == (body,):
-            entry["per_layer"] += e.times / body_layers
+            entry["per_layer"] += e.times
         else:
             entry["outside"] += e.times
             entry["outside_large"] += e.times * is_large
@@ -312,6 +309,8 @@ def _summary(module: hlo.Module, body: str | None, body_layers: int, large: int,
         add(c.kind, c.executed, c.payload, c.link_bytes, c.payload >= large)
     for kind, loop in hlo.windowed(module):
         add(f"{kind} in a ring", loop, 0, 0, True)
+    for entry in kinds.values():
+        entry["per_layer"] /= max(1, body_layers)
     return dict(sorted(kinds.items()))
 
 

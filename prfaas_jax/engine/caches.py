@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from prfaas_jax.engine.plan import DecodePlan, PrefillPlan
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, heads_axis, pool_axes
-from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec
+from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec
 from prfaas_jax.models.caching import New, Place
 from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig
 from prfaas_jax.models.transformer import island
@@ -45,20 +45,20 @@ class _StepCache:
         return self.geometry.per_layer(self.spec.groups[place.group])
 
     def _pool_axes(self, group: int) -> tuple[tuple[str | None, ...], ...]:
-        return tuple(pool_axes(t) for t in self.spec.groups[group].cache.tensors)
+        return tuple(pool_axes(self.spec.groups[group], t) for t in self.spec.groups[group].cache.tensors)
 
     def _states(self, place: Place, fresh: Int[Array, " B"]) -> New:
         """State tensors [B, heads, width] of the rows' slots; zeros in rows where `fresh` holds."""
         slots = self._pages(place)
 
         def local(pool: jax.Array, slot: jax.Array, fresh: jax.Array, index: jax.Array) -> jax.Array:
-            state = pool.at[:, index * slots + slot, 0].get(mode="promise_in_bounds")
+            state = pool.at[:, index * slots + slot].get(mode="promise_in_bounds")
             return jnp.where(fresh[:, None, None], 0, jnp.swapaxes(state, 0, 1))
 
-        tensors = self.spec.groups[place.group].cache.tensors
+        group = self.spec.groups[place.group]
         found = []
-        for pool, tensor in zip(self.pools[place.group], tensors, strict=True):
-            read = self.island(local, (pool_axes(tensor), _ROW, _ROW, _LAYER), ("batch", heads_axis(tensor), None))
+        for pool, tensor in zip(self.pools[place.group], group.cache.tensors, strict=True):
+            read = self.island(local, (pool_axes(group, tensor), _ROW, _ROW, _LAYER), ("batch", heads_axis(tensor), None))
             found.append(read(pool, self.read_slot, fresh, jnp.asarray(place.index)))
         return tuple(found)
 
@@ -69,7 +69,7 @@ class _StepCache:
             return write_tokens(pool, new, slot, jnp.zeros_like(slot), pages_per_layer=self.geometry.slots)
 
         return tuple(
-            self.island(local, (pool_axes(t), (None, "batch", heads_axis(t), None), _ROW), pool_axes(t))(pool, x, slot)
+            self.island(local, (pool_axes(group, t), (None, "batch", heads_axis(t), None), _ROW), pool_axes(group, t))(pool, x, slot)
             for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
         )
 
@@ -88,12 +88,13 @@ class _StepCache:
             flat = new.reshape(layers, batch * tokens, *rest)
             return write_tokens(pool, flat, page.ravel(), (position % page_size).ravel(), pages_per_layer=self.geometry.pages)
 
-        return tuple(
-            self.island(local, (pool_axes(t), (None, "batch", None, heads_axis(t), None), _TABLE, _ROW, _ROW), pool_axes(t))(
-                pool, x, table, start, count
-            )
-            for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
-        )
+        rows = (_TABLE, _ROW, _ROW)
+        return tuple(self._write(local, group, t, rows)(*x, table, start, count) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
+
+    def _write(self, local: Callable[..., jax.Array], group: CacheGroup, tensor: TensorSpec, rows: tuple) -> Callable[..., jax.Array]:
+        """`local(pool, new [L, B, T, heads, width], *rows) -> pool` as an island."""
+        pool = pool_axes(group, tensor)
+        return self.island(local, (pool, (None, "batch", None, heads_axis(tensor), None), *rows), pool)
 
 
 class PrefillCache(_StepCache):
@@ -168,12 +169,8 @@ class PrefillCache(_StepCache):
         assert group.cache.window is not None
         op = functools.partial(write_rings, slots_per_layer=self.geometry.slots, window=group.cache.window)
         plan = self.plan
-        return tuple(
-            self.island(op, (pool_axes(t), (None, "batch", None, heads_axis(t), None), _ROW, _ROW, _ROW, _ROW), pool_axes(t))(
-                pool, x, plan.read_slot, plan.write_slot, plan.start, plan.valid
-            )
-            for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
-        )
+        rows = (plan.read_slot, plan.write_slot, plan.start, plan.valid)
+        return tuple(self._write(op, group, t, (_ROW,) * 4)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
 
 
 class DecodeCache(_StepCache):
@@ -276,12 +273,8 @@ class DecodeCache(_StepCache):
         def local(pool: jax.Array, new: jax.Array, slot: jax.Array, length: jax.Array) -> jax.Array:
             return write_tokens(pool, new[:, :, 0], slot, length % window, pages_per_layer=slots)
 
-        return tuple(
-            self.island(local, (pool_axes(t), (None, "batch", None, heads_axis(t), None), _ROW, _ROW), pool_axes(t))(
-                pool, x, self.plan.slot, self.plan.length
-            )
-            for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
-        )
+        rows = (self.plan.slot, self.plan.length)
+        return tuple(self._write(local, group, t, (_ROW,) * 2)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
 
     def _write_layer(self, group: int, pools: New, new: New, layer: jax.Array) -> New:
         """Scatters one layer's [B, 1, K, H] at position `length` of each row; padded rows hit the dummy page."""
@@ -293,9 +286,9 @@ class DecodeCache(_StepCache):
             one_layer = new[:, 0][None]
             return write_tokens(pool, one_layer, page, length % page_size, pages_per_layer=pages, first_layer=layer)
 
-        tensors = self.spec.groups[group].cache.tensors
+        tensors, (axes, *_) = self.spec.groups[group].cache.tensors, self._pool_axes(group)
         return tuple(
-            self.island(local, (pool_axes(t), ("batch", None, heads_axis(t), None), _TABLE, _ROW, _LAYER), pool_axes(t))(
+            self.island(local, (axes, ("batch", None, heads_axis(t), None), _TABLE, _ROW, _LAYER), axes)(
                 pool, x, self.plan.table, self.plan.length, layer
             )
             for t, pool, x in zip(tensors, pools, new, strict=True)

@@ -152,8 +152,8 @@ class Steps:
         def local(pool: jax.Array, block: jax.Array, page: jax.Array, offset: jax.Array, first: jax.Array) -> jax.Array:
             return write_tokens(pool, block, page[0], offset[0], pages_per_layer=per_layer, first_layer=first)
 
-        axes = (pool_axes(spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
-        run = island(shard)(local, axes, pool_axes(spec))
+        axes = (pool_axes(cached, spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
+        run = island(shard)(local, axes, pool_axes(cached, spec))
 
         def ingest(pool: jax.Array, block: jax.Array, plan: IngestPlan, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             placed = block if spec.shared else shard.spread(block, spec.heads, axis=2)

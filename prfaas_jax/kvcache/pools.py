@@ -5,7 +5,7 @@
 
     paged    P pages of `page_size` tokens; a request holds a table of them
     window   P slots, each a ring of `window` tokens: position p lies at offset p % window
-    state    P slots of one "token", the state
+    state    P slots, each one state; the page axis is left out
 
 Page 0 and slot 0 of every layer are dummies that padded rows may write.
 """
@@ -43,16 +43,16 @@ class PoolGeometry:
         """P of the layout: pages or slots per layer and data shard."""
         return self.pages if group.cache.kind == "paged" else self.slots
 
-    def page_tokens(self, group: CacheGroup) -> int:
-        """Tokens per page, ring or state."""
+    def page_axis(self, group: CacheGroup) -> tuple[int, ...]:
+        """Size of the page axis: tokens per page or ring; none for states."""
         match group.cache.kind:
             case "paged":
-                return self.page_size
+                return (self.page_size,)
             case "window":
                 assert group.cache.window is not None
-                return group.cache.window
+                return (group.cache.window,)
             case "state":
-                return 1
+                return ()
 
 
 def placed_heads(tensor: TensorSpec, shard: Sharder) -> int:
@@ -65,9 +65,9 @@ def heads_axis(tensor: TensorSpec) -> str | None:
     return None if tensor.shared else "kv_heads"
 
 
-def pool_axes(tensor: TensorSpec) -> tuple[str | None, ...]:
+def pool_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
     """Logical axes of a tensor's pool."""
-    return (heads_axis(tensor), "pages", None, None)
+    return (heads_axis(tensor), "pages", None) if group.cache.kind == "state" else (heads_axis(tensor), "pages", None, None)
 
 
 def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
@@ -76,7 +76,7 @@ def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tupl
     return tuple(
         tuple(
             jax.ShapeDtypeStruct(
-                (placed_heads(t, shard), data * len(group.layers) * geometry.per_layer(group), geometry.page_tokens(group), t.width),
+                (placed_heads(t, shard), data * len(group.layers) * geometry.per_layer(group), *geometry.page_axis(group), t.width),
                 jnp.dtype(t.dtype),
             )
             for t in group.cache.tensors
@@ -87,7 +87,7 @@ def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tupl
 
 def pool_shardings(spec: CacheSpec, shard: Sharder) -> tuple[tuple[NamedSharding, ...], ...]:
     """Of every pool, in the order of groups and tensors; prefill and decode read them alike."""
-    return tuple(tuple(shard(*pool_axes(t)) for t in group.cache.tensors) for group in spec.groups)
+    return tuple(tuple(shard(*pool_axes(group, t)) for t in group.cache.tensors) for group in spec.groups)
 
 
 def create_pools(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> Pools:

@@ -4,6 +4,8 @@ Pages of all layers form one axis of tokens, so each (layer, token) is one index
 canonical layout [L, R, K, H]: no transposed copy on either way, and the fastest of the variants measured on CPU.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -18,40 +20,43 @@ def _token_ids(
 
 
 def write_tokens(
-    pool: Float[Array, "K X page_size H"],
+    pool: Float[Array, "K X *page_size H"],
     new: Float[Array, "L R K H"],
     page: Int[Array, " R"],
     offset: Int[Array, " R"],
     *,
     pages_per_layer: int,
     first_layer: Int[Array, ""] | int = 0,
-) -> Float[Array, "K X page_size H"]:
+) -> Float[Array, "K X *page_size H"]:
     """Writes token r of layers `first_layer`.. at (page[r], offset[r]) of each: ONE scatter, in place when the pool is donated.
 
-    Padded rows point at page 0, where they may collide. Indices must be in range: 0 <= page < pages_per_layer,
+    A pool without the page axis has pages of one token. Padded rows point at page 0, where they may collide. Indices must be in range: 0 <= page < pages_per_layer,
     0 <= offset < page_size (unchecked: the engine's plan guarantees it).
     """
-    ids = _token_ids(new.shape[0], page, offset, first_layer, pages_per_layer, pool.shape[2])
+    # No axis of size 1: around it the CPU compiler copies the pool.
+    page_size = pool.shape[2] if pool.ndim == 4 else 1
+    ids = _token_ids(new.shape[0], page, offset, first_layer, pages_per_layer, page_size)
     return jax.lax.platform_dependent(pool, new.astype(pool.dtype), ids, tpu=_scatter_rows, default=_scatter_windows)
 
 
 def _scatter_windows(
-    pool: Float[Array, "K X page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
-) -> Float[Array, "K X page_size H"]:
+    pool: Float[Array, "K X *page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
+) -> Float[Array, "K X *page_size H"]:
     """One index per token, a window [K, H] each."""
-    kv_heads, _, _, head_dim = pool.shape
+    kv_heads, head_dim = pool.shape[0], pool.shape[-1]
     windows = jax.lax.ScatterDimensionNumbers(update_window_dims=(2, 3), inserted_window_dims=(1,), scatter_dims_to_operand_dims=(1,))
     tokens = pool.reshape(kv_heads, -1, head_dim)
     return jax.lax.scatter(tokens, ids[..., None], new, windows, mode="promise_in_bounds").reshape(pool.shape)
 
 
 def _scatter_rows(
-    pool: Float[Array, "K X page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
-) -> Float[Array, "K X page_size H"]:
+    pool: Float[Array, "K X *page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
+) -> Float[Array, "K X *page_size H"]:
     """One index per token and head, a row [H] each: a window over heads makes the TPU compiler re-lay, so copy, the whole pool."""
-    kv_heads, pages, page_size, head_dim = pool.shape
+    kv_heads, head_dim = pool.shape[0], pool.shape[-1]
+    tokens = math.prod(pool.shape[1:-1])
     rows = jax.lax.ScatterDimensionNumbers(update_window_dims=(3,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0,))
-    head = jnp.arange(kv_heads, dtype=jnp.int32) * (pages * page_size)
+    head = jnp.arange(kv_heads, dtype=jnp.int32) * tokens
     row = (ids[..., None] + head)[..., None]
     return jax.lax.scatter(pool.reshape(-1, head_dim), row, new, rows, mode="promise_in_bounds").reshape(pool.shape)
 

@@ -75,6 +75,29 @@ def test_a_copied_pool_is_found_and_an_updated_one_is_not():
     assert hlo.copies_of(module(sliced, pool, row, donate_argnums=0), size, "f32")
 
 
+def test_the_loop_over_the_body_is_told_from_other_loops():
+    def fn(x, weights):
+        x = jax.lax.fori_loop(0, LAYERS, lambda i, x: x * 1.5, x)  # as long, but small
+        return jax.lax.fori_loop(0, 2, lambda i, x: stack(x, weights), stack(x, weights))
+
+    compiled = module(fn, X, W)
+    body = hlo.longest_loop(compiled, LAYERS)
+    times = {e.loops[:1] == (body,): e.times for e in compiled.executed() if e.instruction.opcode in ("dot", "custom-call")}
+    assert times == {True: LAYERS, False: 2 * LAYERS}
+    assert hlo.longest_loop(compiled, LAYERS + 1) is None
+
+
+def test_a_pool_taken_into_fast_memory_and_back_is_no_copy():
+    def copies(source, target):
+        moved = f"(f32[8,64]{{1,0{target}}}, f32[8,64]{{1,0{source}}}, u32[]{{:S(2)}}) copy-start(%p)"
+        entry = f"ENTRY %main (p: f32[8,64]) -> f32[8,64] {{\n  %p = f32[8,64]{{1,0{source}}} parameter(0)\n"
+        return hlo.copies_of(hlo.Module(f"{entry}  ROOT %c = {moved}\n}}\n"), 8 * 64, "f32")
+
+    fast = ":T(8,128)S(1)"
+    assert copies("", fast) == copies(fast, "") == []
+    assert copies("", ":T(8,128)") == copies(fast, fast) == ["copy-start c x1"]
+
+
 # What a TPU compiler writes: layouts with brackets, no trip counts, matrix multiplications as convolutions, groups over mesh axes.
 TPU = """HloModule jit_step, is_scheduled=true
 

@@ -53,6 +53,17 @@ def test_local_and_remote_prefill_give_the_same_bits_and_the_oracles_logits(hybr
             assert_like_oracle(hybrid, j, local, tolerance=1e-3)
 
 
+def test_nothing_compiles_after_warm_up(hybrid: Runner) -> None:
+    assert hybrid._warm_count is not None
+    hybrid._warm_count += hybrid.compiles_after_warmup()  # oracles of other tests compile too: count from here
+    jobs = [job(f"j{i}", n, new=1 + i, seed=i, temperature=0.5 * (i % 2)) for i, n in enumerate((3, 64, 100, 250, 65, 24))]
+    with decode_worker(hybrid, max_queue=16) as decodes, prefill_worker(hybrid) as prefills:
+        run_local(decodes, *jobs)
+        for j in jobs:  # one by one: both workers are over one Runner
+            run_remote(prefills, decodes, j)
+        assert decodes.status().compiles_after_warmup == 0
+
+
 def test_segments_are_what_stays_each_once(hybrid: Runner) -> None:
     """Windows in pieces of the last chunks, states with the last one; the bytes are those of the spec."""
     spec = hybrid.spec
