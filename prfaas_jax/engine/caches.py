@@ -88,8 +88,8 @@ class _StepCache:
             flat = new.reshape(layers, batch * tokens, *rest)
             return write_tokens(pool, flat, page.ravel(), (position % page_size).ravel(), pages_per_layer=self.geometry.pages)
 
-        rows = (_TABLE, _ROW, _ROW)
-        return tuple(self._write(local, group, t, rows)(*x, table, start, count) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
+        axes, rows = (_TABLE, _ROW, _ROW), (table, start, count)
+        return tuple(self._write(local, group, t, axes)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
 
     def _write(self, local: Callable[..., jax.Array], group: CacheGroup, tensor: TensorSpec, rows: tuple) -> Callable[..., jax.Array]:
         """`local(pool, new [L, B, T, heads, width], *rows) -> pool` as an island."""

@@ -30,8 +30,8 @@ def write_tokens(
 ) -> Float[Array, "K X *page_size H"]:
     """Writes token r of layers `first_layer`.. at (page[r], offset[r]) of each: ONE scatter, in place when the pool is donated.
 
-    A pool without the page axis has pages of one token. Padded rows point at page 0, where they may collide. Indices must be in range: 0 <= page < pages_per_layer,
-    0 <= offset < page_size (unchecked: the engine's plan guarantees it).
+    A pool without the page axis has pages of one token. Padded rows point at page 0, where they may collide. Indices must be in range:
+    0 <= page < pages_per_layer, 0 <= offset < page_size (unchecked: the engine's plan guarantees it).
     """
     # No axis of size 1: around it the CPU compiler copies the pool.
     page_size = pool.shape[2] if pool.ndim == 4 else 1
