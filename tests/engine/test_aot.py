@@ -49,6 +49,7 @@ def hybrid():
     return aot.compile_steps(deployed("expert:2,model:2", model="kimi_linear_toy"))
 
 
+@pytest.mark.slow  # compile-check asks the same of real compilers
 def test_hybrids_reduce_as_often_as_dense_models(hybrid):
     pattern = load_model_config("kimi_linear_toy").pattern
     alone = pattern.head + pattern.tail
@@ -64,6 +65,7 @@ def test_hybrids_reduce_as_often_as_dense_models(hybrid):
         assert all(c["per_step"] == pytest.approx(c["per_layer"] * pattern.body_layers + c["outside"]) for c in collectives.values())
 
 
+@pytest.mark.slow  # compile-check asks the same of real compilers
 def test_a_chip_holds_its_heads_of_states_and_latents_whole(hybrid):
     config = load_model_config("kimi_linear_toy")
     options = deployed("expert:2,model:2", model="kimi_linear_toy").options
@@ -80,6 +82,7 @@ def test_a_chip_holds_its_heads_of_states_and_latents_whole(hybrid):
         assert report.pool_copies == []
 
 
+@pytest.mark.slow  # compile-check asks the same of real compilers
 def test_norms_over_all_heads_reduce_once_more():
     collectives = aot.compile_step(deployed(model="lightning_toy"), "decode").collectives
     # Three of four layers are Lightning with one group for the norm, which two devices share.
