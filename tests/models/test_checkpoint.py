@@ -16,13 +16,14 @@ from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.digest import weights_digest
 from prfaas_jax.models.hf import read_hf
 from prfaas_jax.models.params import flat_names
-from prfaas_jax.models.source import MANIFEST, resolve
+from prfaas_jax.models.source import FORMAT, MANIFEST, resolve
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 HF = Path(__file__).parents[1] / "goldens" / "hf"
 SINGLE = Sharder(make_mesh(MeshSpec()), "prefill")
 SPLIT = Sharder(make_mesh(MeshSpec(data=2, model=2)), "decode")
-TOY = ModelConfig("toy", 64, 16, 2, 4, 2, 4, 32, 128)
+SHAPE = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "intermediate_size": 32}
+TOY = ModelConfig.dense(name="toy", vocab_size=64, hidden_size=16, max_position=128, **SHAPE)
 
 
 def values(loaded: checkpoint.Loaded) -> dict[str, np.ndarray]:
@@ -52,7 +53,8 @@ def test_orbax_copy_equals_its_source_on_any_mesh(saved: Path, dtype: str | None
 def test_a_device_holds_its_shard_only(saved: Path) -> None:
     for leaf in flat_names(checkpoint.load(saved, SPLIT).params).values():
         assert leaf[...].sharding == SPLIT(*leaf.axes)
-        parts = 1 if not {"heads", "kv_heads", "mlp", "vocab"} & set(leaf.axes) else 2
+        axes = {axis.partition("/")[0] for axis in leaf.axes}
+        parts = 1 if not {"heads", "kv_heads", "mlp", "vocab"} & axes else 2
         assert {s.data.size for s in leaf[...].addressable_shards} == {leaf[...].size // parts}
 
 
@@ -82,7 +84,7 @@ def test_random_weights_follow_the_seed_and_not_the_mesh() -> None:
 
 def test_fingerprint_sees_one_changed_weight_and_the_dtype(saved: Path, tmp_path: Path) -> None:
     config, arrays = read_hf(HF / "qwen3")
-    arrays["layers/mlp/down_proj/weight"][1, 40, 50] *= np.float32(1 + 1e-6)
+    arrays["body/0/mlp/down_proj/weight"][1, 40, 50] *= np.float32(1 + 1e-6)
     checkpoint.save(tmp_path / "tuned", config, arrays)
     fingerprints = {checkpoint.load(p, SINGLE, d).fingerprint for p in (saved, tmp_path / "tuned") for d in ("float32", "bfloat16")}
     assert len(fingerprints) >= 3, "float32 copies differ; after rounding to bfloat16 the two may agree"
@@ -124,8 +126,11 @@ def test_an_interrupted_or_damaged_save_is_no_checkpoint(saved: Path, tmp_path: 
     manifest.write_text(json.dumps(json.loads(text) | {"weights_digest": "0" * 32}))
     with pytest.raises(InvalidInput, match="digest"):
         checkpoint.load(tmp_path / "c", SINGLE)
-    manifest.write_text("{}")
+    manifest.write_text(json.dumps({"format": FORMAT}))
     with pytest.raises(InvalidInput, match="weights_digest"):
+        checkpoint.load(tmp_path / "c", SINGLE)
+    manifest.write_text("{}")
+    with pytest.raises(InvalidInput, match="format=1: expected 2: .* convert it again"):
         checkpoint.load(tmp_path / "c", SINGLE)
     manifest.unlink()
     with pytest.raises(InvalidInput, match="interrupted"):
@@ -161,5 +166,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused_first(saved: Path) -> None:
-    with pytest.raises(InvalidInput, match="kv_heads=2"):
-        checkpoint.load(saved, Sharder(make_mesh(MeshSpec(model=4)), "decode"))
+    with pytest.raises(InvalidInput, match="heads=4"):
+        checkpoint.load(saved, Sharder(make_mesh(MeshSpec(model=3)), "decode"))
