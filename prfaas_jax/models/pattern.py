@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Hashable, Sequence
 
 
@@ -63,5 +64,5 @@ def _fold(layers: tuple[Hashable, ...]) -> Pattern:
 
 def runs(layers: Sequence[Hashable]) -> tuple[range, ...]:
     """Positions of consecutive equal layers; inside a body each run is compiled once."""
-    starts = [i for i in range(len(layers)) if i == 0 or layers[i] != layers[i - 1]]
-    return tuple(range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True))
+    edges = [i for i in range(len(layers) + 1) if i in (0, len(layers)) or layers[i] != layers[i - 1]]
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(edges))

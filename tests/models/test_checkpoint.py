@@ -130,7 +130,7 @@ def test_an_interrupted_or_damaged_save_is_no_checkpoint(saved: Path, tmp_path: 
     with pytest.raises(InvalidInput, match="weights_digest"):
         checkpoint.load(tmp_path / "c", SINGLE)
     manifest.write_text("{}")
-    with pytest.raises(InvalidInput, match="format=1: expected 2: .* convert it again"):
+    with pytest.raises(InvalidInput, match=r"format=1: expected 2: .* convert it again"):
         checkpoint.load(tmp_path / "c", SINGLE)
     manifest.unlink()
     with pytest.raises(InvalidInput, match="interrupted"):

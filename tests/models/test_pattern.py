@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prfaas_jax.models.pattern import Pattern, fold
+from prfaas_jax.models.pattern import Pattern, fold, runs
 
 
 def cost(pattern: Pattern) -> int:
@@ -78,3 +78,11 @@ def test_depth_costs_nothing():
 
 def test_only_equality_of_layers_counts():
     assert fold([("a", 1), ("b",), ("a", 1), ("b",)]) == fold("xyxy") == Pattern(0, 2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("", []), ("a", [(0, 1)]), ("aab", [(0, 2), (2, 3)]), ("aba", [(0, 1), (1, 2), (2, 3)]), ("aaaa", [(0, 4)])],
+)
+def test_runs_are_consecutive_equal_layers(layers, expected):
+    assert [(run.start, run.stop) for run in runs(layers)] == expected
