@@ -3,20 +3,18 @@
     python -m experiments.compile_for --model=qwen3_8b --target=tpu:v5e:4x4 --mesh=data:2,model:8
     python -m experiments.compile_for --model=qwen3_8b --target=gpu:h200:1x1x8 --mesh=model:8 --batch=64 --context=8192
 
-Hybrids with experts, in bfloat16 at the defaults; memory per chip of prefill and decode, and seconds of tracing and compiling for each
-of the two on a busy machine with two cores. All fit; decode sums twice per layer, whatever the layer is:
+Hybrids with experts, in bfloat16; one to five minutes each on a busy machine with two cores:
 
-    --model=kimi_linear_48b --target=tpu:v5p:2x2x2 --mesh=expert:8                   14.1 and 13.5 of 88.5 GiB, 237 and 123 s
-    --model=kimi_linear_48b --target=tpu:v6e:4x4 --mesh=expert:8,model:2              7.2 and 7.4 of 29.8 GiB, 149 and 98 s
-    --model=kimi_linear_48b --target=gpu:h200:1x1x8 --mesh=expert:8                  13.2 and 13.3 of 131.3 GiB, 184 and 81 s
-    --model=qwen3_5_397b --target=tpu:v6e:8x8 --mesh=data:2,expert:16,model:2        26.4 and 26.5 of 29.8 GiB, 40 and 95 s
-    --model=paper_1t --target=tpu:v5p:4x4x4 --mesh=expert:64                         32.9 and 33.0 of 88.5 GiB, 119 and 44 s
-
-With few tokens per chip (256 over 64 chips) a TPU writes prefill's gathers as all-reduces; from 16 tokens per chip on it does not.
+    python -m experiments.compile_for --model=kimi_linear_48b --target=tpu:v5p:2x2x2 --mesh=expert:8
+    python -m experiments.compile_for --model=kimi_linear_48b --target=tpu:v6e:4x4 --mesh=expert:8,model:2
+    python -m experiments.compile_for --model=kimi_linear_48b --target=gpu:h200:1x1x8 --mesh=expert:8
+    python -m experiments.compile_for --model=qwen3_5_397b --target=tpu:v6e:8x8 --mesh=data:2,expert:16,model:2
+    python -m experiments.compile_for --model=paper_1t --target=tpu:v5p:4x4x4 --mesh=expert:64
 
 Per chip: bytes and whether they fit, collectives, kernels, flops, roofline seconds. All of it compiled, not run: seconds are lower
 bounds. Prefill is the last chunk of a prompt of --context tokens, one row per data shard; decode has --batch rows of that length.
-Flops of attention, recurrences and experts are by formula; experts are taken to be equally busy.
+Flops of attention, recurrences and experts are by formula; experts are taken to be equally busy. "weights copied" is what a product that
+cannot read weights as they lie costs on top of the bounds. Over 64 chips a TPU writes prefill's gathers as all-reduces.
 """
 
 import dataclasses
@@ -71,6 +69,7 @@ def describe(name: str, report: "StepReport | DoesNotFit", out: Any = sys.stderr
         return
     print(f"  fits           {'yes' if report.fits else 'NO, by ' + size(fields['over_bytes'])}", file=out)
     print(f"  aliased        {size(fields['aliased_bytes']):>12}, pool copies: {', '.join(fields['pool_copies']) or 'none'}", file=out)
+    print(f"  weights copied {size(fields['weights_copied_bytes']):>12} per step", file=out)
     for kind, c in fields["collectives"].items():
         where = f"{c['per_layer']:.3g} per layer of the body, {c['outside']:.0f} outside, {c['per_step']:.0f} per step"
         print(f"  {kind:<18} {where}, {size(c['bytes'])}", file=out)

@@ -122,6 +122,8 @@ class StepReport:
         fits: whether the total is within the chip's memory; `over_bytes` by how much it is not.
         aliased_bytes: argument bytes that the outputs reuse: the pools, when donation works.
         pool_copies: operations that write a pool-sized buffer anywhere else than in place.
+        weights_copied_bytes: written per step by operations that copy large weights, whole or layer by layer, because a product cannot read
+            them as they lie. Not part of `hbm_bytes_per_chip`.
         collectives: kind -> {per_layer (inside the body's scan, per body layer), outside (of that scan: head and tail layers, embedding,
             output head, sampling), outside_large (of these, what moves at least half of a layer's activations), per_step, bytes (payload
             per step), link_bytes (sent per chip and step), largest_bytes}; on the path that samples greedily. "reduce-scatter in a
@@ -144,6 +146,7 @@ class StepReport:
     over_bytes: int
     aliased_bytes: int
     pool_copies: list[str]
+    weights_copied_bytes: int
     collectives: dict[str, dict[str, float]]
     sampling_collectives: dict[str, dict[str, float]]
     kernels: dict[str, int]
@@ -189,11 +192,16 @@ def compile_step(deployed: Deployment, step: StepName) -> StepReport | DoesNotFi
 
 
 class Lowered(NamedTuple):
-    """A step before compilation; `held` are bytes per chip of its arguments, `pools` (elements, dtype) of each pool's shard."""
+    """A step before compilation.
+
+    `held` are bytes per chip of its arguments, `pools` (elements, dtype) of each pool's shard, `weights` those of large parameters and of
+    one layer's slice of them.
+    """
 
     lowered: Any
     held: dict[str, int]
     pools: tuple[tuple[int, str], ...]
+    weights: tuple[tuple[int, str], ...]
 
 
 def lower_step(deployed: Deployment, step: StepName) -> Lowered:
@@ -213,7 +221,23 @@ def lower_step(deployed: Deployment, step: StepName) -> Lowered:
     }
     fn: Any = steps.prefill if step == "prefill" else steps.decode
     lowered = fn.trace(steps.abstract_params, pools, plan).lower(lowering_platforms=(deployed.platform,))
-    return Lowered(lowered, held, tuple((size, hlo.DTYPES[dtype.name]) for size, dtype in shards))
+    weights = tuple(_large_weights(steps.abstract_params, steps.params_shardings))
+    return Lowered(lowered, held, tuple((size, hlo.DTYPES[dtype.name]) for size, dtype in shards), weights)
+
+
+# A weight smaller than this is no burden, and may look like an activation.
+_LARGE_WEIGHT_BYTES = 16 << 20
+
+
+def _large_weights(params: Any, shardings: Any) -> Iterator[tuple[int, str]]:
+    """(elements, dtype) of one chip's shard of every large weight of the layers, and of one layer of those that are stacked."""
+    placed = flat_names(shardings)
+    for name, leaf in flat_names(params).items():
+        shape = placed[name].get_value().shard_shape(leaf.shape)
+        layers = shape[0] if name.startswith("body/") else 1
+        size = math.prod(shape) // layers
+        if name.startswith(("head/", "body/", "tail/")) and size * leaf.dtype.itemsize >= _LARGE_WEIGHT_BYTES:
+            yield from {(size, hlo.DTYPES[leaf.dtype.name]), (size * layers, hlo.DTYPES[leaf.dtype.name])}
 
 
 @contextlib.contextmanager
@@ -273,6 +297,7 @@ def _report(deployed: Deployment, step: StepName, program: Lowered, compiled: An
         over_bytes=max(0, bytes_per_chip["total"] - int(chip.hbm_bytes)),
         aliased_bytes=aliased,
         pool_copies=[found for pool in dict.fromkeys(program.pools) for found in hlo.copies_of(module, *pool)],
+        weights_copied_bytes=hlo.copied_bytes(module, set(program.weights)),
         collectives=collectives,
         sampling_collectives=_summary(module, body, pattern.body_layers, activations // 2, conditional=True),
         kernels=hlo.kernels(module),

@@ -369,18 +369,25 @@ def copies_of(module: Module, size: int, dtype: str) -> list[str]:
     Fusions count by their root; what is inside a fusion touches no memory of its own. A TPU takes small pools into its fast memory while
     it works on them, and back: no copies either.
     """
-    found = []
+    copied = _copies(module, {(size, dtype)})
+    return [f"{e.instruction.opcode} {e.instruction.name} x{e.times}" for e, _ in copied]
+
+
+def copied_bytes(module: Module, sizes: set[tuple[int, str]]) -> int:
+    """Bytes that one call writes to device memory by copying buffers of such (elements, dtype), see `copies_of`."""
+    return sum(e.times * shape.bytes for e, shape in _copies(module, sizes) if shape.space == 0)
+
+
+def _copies(module: Module, sizes: set[tuple[int, str]]) -> Iterator[tuple[Executed, Shape]]:
     for e in module.executed():
         i = e.instruction
         if e.fused or i.opcode in _NO_COPY or i.opcode.endswith("-done"):
             continue
         if i.opcode == "copy-start" and {s.space for s in i.shapes[:2]} == {0, 1}:
             continue
-        roots = _roots(module, i)
-        written = [s for s in i.shapes if s.size == size and s.dtype == dtype]
-        if written and not all(r in _IN_PLACE + _NO_COPY for r in roots):
-            found.append(f"{i.opcode} {i.name} x{e.times}")
-    return found
+        written = next((s for s in i.shapes if (s.size, s.dtype) in sizes), None)
+        if written is not None and not all(r in _IN_PLACE + _NO_COPY for r in _roots(module, i)):
+            yield e, written
 
 
 def _roots(module: Module, i: Instruction) -> list[str]:

@@ -72,7 +72,10 @@ def test_a_copied_pool_is_found_and_an_updated_one_is_not():
 
     assert hlo.copies_of(module(in_place, pool, row, donate_argnums=0), size, "f32") == []
     assert hlo.copies_of(module(in_place, pool, row), size, "f32")  # not donated
-    assert hlo.copies_of(module(sliced, pool, row, donate_argnums=0), size, "f32")
+    copying = module(sliced, pool, row, donate_argnums=0)
+    assert hlo.copies_of(copying, size, "f32")
+    assert hlo.copied_bytes(copying, {(size, "f32"), (7, "f32")}) >= 4 * size
+    assert hlo.copied_bytes(copying, {(7, "f32")}) == 0
 
 
 def test_the_loop_over_the_body_is_told_from_other_loops():
