@@ -19,13 +19,16 @@ TOY = load_model_config("qwen3_toy")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_command_on_a_cpu_checks_ops_and_a_toy_and_says_what_it_skipped(tmp_path):
     command = [sys.executable, "-m", "experiments.device_check", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["platform"] == "cpu" and result["failed"] == [] and result["ops"] == 18
-    assert {k: v["bit_equal"] for k, v in result["equivalence"].items()} == {"qwen3_toy float32": True, "qwen3_toy bfloat16": True}
+    assert result["platform"] == "cpu" and result["failed"] == [] and result["ops"] == 44
+    toys = ("qwen3_toy", "kimi_linear_toy", "mimo_toy")
+    assert set(result["equivalence"]) == {f"{toy} {dtype}" for toy in toys for dtype in ("float32", "bfloat16")}
+    assert all(result["equivalence"][f"qwen3_toy {dtype}"]["bit_equal"] for dtype in ("float32", "bfloat16"))
     for what in ("pallas_gpu", "pallas_tpu", "staging", "qwen3_8b"):
         assert any(what in reason for reason in result["skipped"])
     files = {"env.json", "ops.json", "equivalence.json", "engine.json", "summary.json"}
