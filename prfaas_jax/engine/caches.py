@@ -21,7 +21,7 @@ from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig
 from prfaas_jax.models.transformer import island
 from prfaas_jax.ops.latent_attention import latent_decode, latent_prefill
 from prfaas_jax.ops.paged_attention import needs_current_in_pool, paged_attention
-from prfaas_jax.ops.pool_write import write_tokens
+from prfaas_jax.ops.pool_write import read_pages, write_pages, write_tokens
 from prfaas_jax.ops.prefill_attention import prefill_attention
 from prfaas_jax.ops.window_attention import window_decode, window_prefill, write_rings
 from prfaas_jax.sharding import Sharder
@@ -45,20 +45,20 @@ class _StepCache:
         return self.geometry.per_layer(self.spec.groups[place.group])
 
     def _pool_axes(self, group: int) -> tuple[tuple[str | None, ...], ...]:
-        return tuple(pool_axes(self.spec.groups[group], t) for t in self.spec.groups[group].cache.tensors)
+        return tuple(pool_axes(t) for t in self.spec.groups[group].cache.tensors)
 
     def _states(self, place: Place, fresh: Int[Array, " B"]) -> New:
         """State tensors [B, heads, width] of the rows' slots; zeros in rows where `fresh` holds."""
         slots = self._pages(place)
 
         def local(pool: jax.Array, slot: jax.Array, fresh: jax.Array, index: jax.Array) -> jax.Array:
-            state = pool.at[:, index * slots + slot].get(mode="promise_in_bounds")
-            return jnp.where(fresh[:, None, None], 0, jnp.swapaxes(state, 0, 1))
+            state = jnp.swapaxes(read_pages(pool, index * slots + slot), 0, 1).reshape(len(slot), pool.shape[0], -1)
+            return jnp.where(fresh[:, None, None], 0, state)
 
         group = self.spec.groups[place.group]
         found = []
         for pool, tensor in zip(self.pools[place.group], group.cache.tensors, strict=True):
-            read = self.island(local, (pool_axes(group, tensor), _ROW, _ROW, _LAYER), ("batch", heads_axis(tensor), None))
+            read = self.island(local, (pool_axes(tensor), _ROW, _ROW, _LAYER), ("batch", heads_axis(tensor), None))
             found.append(read(pool, self.read_slot, fresh, jnp.asarray(place.index)))
         return tuple(found)
 
@@ -66,10 +66,10 @@ class _StepCache:
         """Scatters [L, B, heads, width] to the rows' slots."""
 
         def local(pool: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-            return write_tokens(pool, new, slot, jnp.zeros_like(slot), pages_per_layer=self.geometry.slots)
+            return write_pages(pool, new, slot, pages_per_layer=self.geometry.slots)
 
         return tuple(
-            self.island(local, (pool_axes(group, t), (None, "batch", heads_axis(t), None), _ROW), pool_axes(group, t))(pool, x, slot)
+            self.island(local, (pool_axes(t), (None, "batch", heads_axis(t), None), _ROW), pool_axes(t))(pool, x, slot)
             for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
         )
 
@@ -93,7 +93,7 @@ class _StepCache:
 
     def _write(self, local: Callable[..., jax.Array], group: CacheGroup, tensor: TensorSpec, rows: tuple) -> Callable[..., jax.Array]:
         """`local(pool, new [L, B, T, heads, width], *rows) -> pool` as an island."""
-        pool = pool_axes(group, tensor)
+        pool = pool_axes(tensor)
         return self.island(local, (pool, (None, "batch", None, heads_axis(tensor), None), *rows), pool)
 
 

@@ -11,19 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from prfaas_jax.engine.caches import DecodeCache, PrefillCache
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, SamplingRows
 from prfaas_jax.engine.sampling import sample
-from prfaas_jax.kvcache.pools import PoolGeometry, Pools, heads_axis, pool_axes, pool_shardings
+from prfaas_jax.kvcache.pools import PoolGeometry, Pools, heads_axis, pool_axes, pool_formats, pool_shardings
 from prfaas_jax.kvcache.spec import CacheGroup, TensorSpec, cache_spec
 from prfaas_jax.models import params as model_params
 from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.transformer import island
-from prfaas_jax.ops.pool_write import write_tokens
+from prfaas_jax.ops.pool_write import write_pages, write_tokens
 from prfaas_jax.sharding import AttentionSharding, Mode, Sharder
 
 
@@ -33,6 +34,15 @@ class Drawn(NamedTuple):
     token: Int[Array, " B"]
     logprob: Float[Array, " B"]
     logits: Float[Array, "B V"]
+
+
+def _after(index: Int[Array, "B ..."], token: Int[Array, " B"]) -> Int[Array, "B ..."]:
+    """`index`, but not before `token` is drawn, so that pools are written when all layers have read them: otherwise XLA copies them first.
+
+    An optimization barrier would not do: the CPU compiler drops it before it decides on copies.
+    """
+    zero = (token & 1) >> 1
+    return index + zero.reshape(-1, *(1,) * (index.ndim - 1))
 
 
 def new_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
@@ -71,6 +81,11 @@ class Steps:
         return pool_shardings(self.spec, self.sharders["decode"])
 
     @property
+    def pool_formats(self) -> tuple[tuple[Format, ...], ...]:
+        """Layout and sharding of every pool."""
+        return pool_formats(self.spec, self.geometry, self.sharders["decode"])
+
+    @property
     def params_shardings(self) -> nnx.State:
         """Of the parameters; prefill and decode read them alike."""
         return model_params.shardings(self.abstract_params, self.sharders["decode"])
@@ -88,8 +103,8 @@ class Steps:
         return jax.jit(
             traced,
             donate_argnums=(1,),
-            in_shardings=(self.params_shardings, self.pool_shardings, plan_shardings),
-            out_shardings=(self.pool_shardings, *out_shardings),
+            in_shardings=(self.params_shardings, self.pool_formats, plan_shardings),
+            out_shardings=(self.pool_formats, *out_shardings),
         )
 
     def _drawn(self, shard: Sharder) -> Drawn:
@@ -112,9 +127,11 @@ class Steps:
         positions = plan.start[:, None] + jnp.arange(plan.tokens.shape[1])
         cache = PrefillCache(self.spec, self.geometry, shard, pools, plan)
         hidden, _, new = model(plan.tokens, positions, cache, (), shard)
+        new = jax.lax.optimization_barrier(new)  # a GPU would fuse it with the write, and what it read of a pool with that
         last = jnp.maximum(plan.valid - 1, 0)[:, None, None]
         logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
         token, logprob = sample(logits, plan.sampling, plan.start + plan.valid)
+        cache.plan = plan._replace(table=_after(plan.table, token), write_slot=_after(plan.write_slot, token))
         return cache.write(new), Drawn(token, logprob, logits), new
 
     # --- decode --------------------------------------------------------------------------------------------------------------
@@ -131,8 +148,10 @@ class Steps:
         model = nnx.merge(self.graph, params)
         cache = DecodeCache(self.spec, self.geometry, shard, pools, plan, self.implementations)
         hidden, carry, new = model(plan.token[:, None], plan.length[:, None], cache, cache.carried(), shard)
+        new = jax.lax.optimization_barrier(new)  # a GPU would fuse it with the write, and what it read of a pool with that
         logits = model.logits(hidden[:, 0])
         token, logprob = sample(logits, plan.sampling, plan.length + 1)
+        cache.plan = plan._replace(table=_after(plan.table, token), slot=_after(plan.slot, token))
         return cache.write(new, carry), Drawn(token, logprob, logits)
 
     # --- ingest --------------------------------------------------------------------------------------------------------------
@@ -150,16 +169,18 @@ class Steps:
         per_layer = self.geometry.per_layer(cached)
 
         def local(pool: jax.Array, block: jax.Array, page: jax.Array, offset: jax.Array, first: jax.Array) -> jax.Array:
+            if cached.cache.kind == "state":
+                return write_pages(pool, block, page[0], pages_per_layer=per_layer, first_layer=first)
             return write_tokens(pool, block, page[0], offset[0], pages_per_layer=per_layer, first_layer=first)
 
-        axes = (pool_axes(cached, spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
-        run = island(shard)(local, axes, pool_axes(cached, spec))
+        axes = (pool_axes(spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
+        run = island(shard)(local, axes, pool_axes(spec))
 
         def ingest(pool: jax.Array, block: jax.Array, plan: IngestPlan, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             placed = block if spec.shared else shard.spread(block, spec.heads, axis=2)
             return run(pool, placed, plan.page, plan.offset, first), plan.page[0, 0] + 0
 
-        pool = self.pool_shardings[group][tensor]
+        pool = self.pool_formats[group][tensor]
         return jax.jit(
             ingest,
             donate_argnums=(0,),

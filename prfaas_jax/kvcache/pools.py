@@ -5,8 +5,9 @@
 
     paged    P pages of `page_size` tokens; a request holds a table of them
     window   P slots, each a ring of `window` tokens: position p lies at offset p % window
-    state    P slots, each one state; the page axis is left out
+    state    P slots, each one state, as a matrix of 128 columns where its width allows; otherwise the page axis is left out
 
+Pools lie row-major on every device: left to itself a TPU puts the axis last that wastes least, and then copies a pool to read its pages.
 Page 0 and slot 0 of every layer are dummies that padded rows may write.
 """
 
@@ -14,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec
@@ -21,6 +23,10 @@ from prfaas_jax.sharding import Sharder
 
 # Per group, one array per tensor.
 Pools = tuple[tuple[jax.Array, ...], ...]
+
+
+# Columns of a TPU's vectors: states in one long row share tiles with their neighbours, so a pool would be re-laid for every scatter.
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +49,17 @@ class PoolGeometry:
         """P of the layout: pages or slots per layer and data shard."""
         return self.pages if group.cache.kind == "paged" else self.slots
 
-    def page_axis(self, group: CacheGroup) -> tuple[int, ...]:
-        """Size of the page axis: tokens per page or ring; none for states."""
+    def page_shape(self, group: CacheGroup, tensor: TensorSpec) -> tuple[int, ...]:
+        """Tokens and elements of a page or ring; a state's elements, as a matrix where they make one."""
         match group.cache.kind:
             case "paged":
-                return (self.page_size,)
+                return (self.page_size, tensor.width)
             case "window":
                 assert group.cache.window is not None
-                return (group.cache.window,)
+                return (group.cache.window, tensor.width)
             case "state":
-                return ()
+                rows = 1 if tensor.width % _LANES else tensor.width // _LANES
+                return (tensor.width,) if rows == 1 else (rows, _LANES)
 
 
 def placed_heads(tensor: TensorSpec, shard: Sharder) -> int:
@@ -65,9 +72,9 @@ def heads_axis(tensor: TensorSpec) -> str | None:
     return None if tensor.shared else "kv_heads"
 
 
-def pool_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
-    """Logical axes of a tensor's pool."""
-    return (heads_axis(tensor), "pages", None) if group.cache.kind == "state" else (heads_axis(tensor), "pages", None, None)
+def pool_axes(tensor: TensorSpec) -> tuple[str | None, ...]:
+    """Logical axes of a tensor's pool; pages are whole."""
+    return (heads_axis(tensor), "pages")
 
 
 def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
@@ -76,7 +83,7 @@ def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tupl
     return tuple(
         tuple(
             jax.ShapeDtypeStruct(
-                (placed_heads(t, shard), data * len(group.layers) * geometry.per_layer(group), *geometry.page_axis(group), t.width),
+                (placed_heads(t, shard), data * len(group.layers) * geometry.per_layer(group), *geometry.page_shape(group, t)),
                 jnp.dtype(t.dtype),
             )
             for t in group.cache.tensors
@@ -87,11 +94,17 @@ def pool_shapes(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tupl
 
 def pool_shardings(spec: CacheSpec, shard: Sharder) -> tuple[tuple[NamedSharding, ...], ...]:
     """Of every pool, in the order of groups and tensors; prefill and decode read them alike."""
-    return tuple(tuple(shard(*pool_axes(group, t)) for t in group.cache.tensors) for group in spec.groups)
+    return tuple(tuple(shard(*pool_axes(t)) for t in group.cache.tensors) for group in spec.groups)
+
+
+def pool_formats(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> tuple[tuple[Format, ...], ...]:
+    """Layout and sharding of every pool."""
+    place = lambda pool, sharding: Format(Layout(tuple(range(len(pool.shape)))), sharding)  # noqa: E731
+    return jax.tree.map(place, pool_shapes(spec, geometry, shard), pool_shardings(spec, shard))
 
 
 def create_pools(spec: CacheSpec, geometry: PoolGeometry, shard: Sharder) -> Pools:
     """Zeroed pools, allocated on the mesh."""
     shapes = pool_shapes(spec, geometry, shard)
-    make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=pool_shardings(spec, shard))
+    make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=pool_formats(spec, geometry, shard))
     return make()

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 
@@ -59,6 +60,60 @@ def _scatter_rows(
     head = jnp.arange(kv_heads, dtype=jnp.int32) * tokens
     row = (ids[..., None] + head)[..., None]
     return jax.lax.scatter(pool.reshape(-1, head_dim), row, new, rows, mode="promise_in_bounds").reshape(pool.shape)
+
+
+def write_pages(
+    pool: Float[Array, "K X *page"],
+    new: Float[Array, "L R K page_size"],
+    page: Int[Array, " R"],
+    *,
+    pages_per_layer: int,
+    first_layer: Int[Array, ""] | int = 0,
+) -> Float[Array, "K X *page"]:
+    """Writes whole pages, such as states: r of layers `first_layer`.. at page[r] of each; otherwise like `write_tokens`."""
+    ids = _token_ids(new.shape[0], page, jnp.zeros_like(page), first_layer, pages_per_layer, 1)
+
+    def as_tokens(pool: Array, new: Array, ids: Array) -> Array:
+        return _scatter_windows(pool.reshape(*pool.shape[:2], -1), new, ids).reshape(pool.shape)
+
+    return jax.lax.platform_dependent(pool, new.astype(pool.dtype), ids, tpu=_scatter_pages, default=as_tokens)
+
+
+# Rows of every TPU tile divide this.
+_TILE_ROWS = 16
+
+
+def _scatter_pages(
+    pool: Float[Array, "K X *page"], new: Float[Array, "L R K page_size"], ids: Int[Array, "L R"]
+) -> Float[Array, "K X *page"]:
+    """One index per page and head, see `_scatter_rows`.
+
+    Pages of whole tiles lie below each other in one matrix, which a TPU leaves as it is; a stack of pages it may turn around, so copy.
+    Other pages are no matrix without a copy.
+    """
+    kv_heads, pages, *page = pool.shape
+    tiles = len(page) == 2 and page[0] % _TILE_ROWS == 0
+    whole = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(3, 3 + len(page))),
+        inserted_window_dims=() if tiles else (0,),
+        scatter_dims_to_operand_dims=(0,),
+    )
+    head = jnp.arange(kv_heads, dtype=jnp.int32) * pages
+    at = ((ids[..., None] + head) * (page[0] if tiles else 1))[..., None]
+    operand = pool.reshape(-1, *(page[1:] if tiles else page))
+    return jax.lax.scatter(operand, at, new.reshape(*new.shape[:3], *page), whole, mode="promise_in_bounds").reshape(pool.shape)
+
+
+def read_pages(pool: Float[Array, "K X *page"], page: Int[Array, "..."]) -> Float[Array, "K ..."]:
+    """Whole pages by their index in the pool: [K, *page.shape, *pool.shape[2:]].
+
+    One index per page and head: a slice over heads, or single tokens, would make a TPU re-lay, so copy, the whole pool.
+    """
+    kv_heads, pages, *shape = pool.shape
+    head = (jnp.arange(kv_heads, dtype=jnp.int32) * pages).reshape(kv_heads, *(1,) * page.ndim)
+    found = pool.reshape(-1, *shape).at[head + page].get(mode="promise_in_bounds")
+    # Whoever wants another order in front transposes what was read, not the pool.
+    return with_layout_constraint(found, Layout(tuple(range(found.ndim))))
 
 
 def gather_tokens(

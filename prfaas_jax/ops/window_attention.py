@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.ops.pool_write import gather_tokens, write_tokens
+from prfaas_jax.ops.pool_write import read_pages, write_pages
 from prfaas_jax.ops.prefill_attention import QUERY_BLOCK
 from prfaas_jax.ops.running_softmax import (
     KEY_BLOCK,
@@ -119,8 +119,8 @@ def _history(
     slots_per_layer: int,
 ) -> Float[Array, "K B S H"]:
     """Cached tokens at `position`; zeros below position 0, whatever a recycled slot holds there."""
-    slots = (layer * slots_per_layer + slot)[:, None]
-    tokens = ring.at[:, slots, position % ring.shape[2]].get(mode="promise_in_bounds")
+    whole = read_pages(ring, layer * slots_per_layer + slot)
+    tokens = jnp.take_along_axis(whole, (position % ring.shape[2])[None, :, :, None], axis=2, mode="promise_in_bounds")
     return jnp.where((position >= 0)[None, :, :, None], tokens, 0)
 
 
@@ -140,13 +140,13 @@ def window_decode(
 ) -> Float[Array, "B N Hv"]:
     """Attention of one new token per row, at position `length[b]`, over its last W cached tokens and itself.
 
-    Arguments and promises are those of `window_prefill`. The new token need not be in the ring yet. The cost follows the longest
-    row, up to W; padded rows (length 0, slot 0) are harmless.
+    Arguments and promises are those of `window_prefill`. The new token need not be in the ring yet. Rings are read whole, scores follow
+    the longest row, up to W; padded rows (length 0, slot 0) are harmless.
     """
     batch, heads, head_dim = q.shape
     kv_heads, window = k_ring.shape[0], k_ring.shape[2]
     block = min(window, KEY_BLOCK_FEW)
-    page = layer * slots_per_layer + slot
+    k_rings, v_rings = (read_pages(ring, layer * slots_per_layer + slot) for ring in (k_ring, v_ring))
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
     k, v = (x.transpose(1, 0, 2)[:, :, None] for x in (k_new, v_new))
 
@@ -156,57 +156,16 @@ def window_decode(
         offset = first + jnp.arange(block)
         live = (offset >= i * block) & (offset < length[:, None])
 
-        def tokens(ring: Float[Array, "K X W H"]) -> Float[Array, "K B S H"]:
-            slices = jax.vmap(lambda p: jax.lax.dynamic_slice(ring, (0, p, first, 0), (kv_heads, 1, block, ring.shape[3])), out_axes=1)
-            return jnp.where(live[None, :, :, None], slices(page)[:, :, 0], 0)
+        def tokens(rings: Float[Array, "K B W H"]) -> Float[Array, "K B S H"]:
+            return jnp.where(live[None, :, :, None], jax.lax.dynamic_slice_in_dim(rings, first, block, axis=2), 0)
 
-        return tokens(k_ring), tokens(v_ring), live
+        return tokens(k_rings), tokens(v_rings), live
 
     state = start_state(scores(grouped, k, scale), v)
     state = add_blocks(state, grouped, read, (jnp.minimum(length.max(), window) + block - 1) // block, scale=scale)
     if sinks is not None:
         state = add_sinks(state, sinks)
     return jnp.swapaxes(state.output(), 0, 1).reshape(batch, heads, -1).astype(q.dtype)
-
-
-def ring_tail(
-    pool: Float[Array, "K X W H"],
-    new: Float[Array, "L B T K H"],
-    read_slot: Int[Array, " B"],
-    start: Int[Array, " B"],
-    valid: Int[Array, " B"],
-    *,
-    slots_per_layer: int,
-    window: int,
-) -> tuple[Float[Array, "L B W K H"], Int[Array, "B W"]]:
-    """The last W tokens of each row after a chunk, and their offsets in a ring.
-
-    Token i is the one at position start + valid - W + i, from the chunk or from the ring in `read_slot`; zeros where that is
-    below 0. The offsets of a row are all different.
-
-    Args:
-        pool: rings of all L layers.
-        new: the chunk's keys or values of all layers; tokens from `valid` on are padding.
-        read_slot: slot within a layer that holds the row's earlier tokens.
-        start: tokens before the chunk.
-        valid: tokens of the chunk.
-        slots_per_layer: P.
-        window: W.
-
-    Raises:
-        InvalidInput: rings of another size than `window`.
-    """
-    _check_window(pool, window)
-    layers, batch, tokens, *rest = new.shape
-    position = (start + valid - window)[:, None] + jnp.arange(window)
-    offset = position % window
-    from_chunk = jnp.clip(position - start[:, None], 0, tokens - 1)
-    fresh = new.at[:, jnp.arange(batch)[:, None], from_chunk].get(mode="promise_in_bounds")
-    page = jnp.broadcast_to(read_slot[:, None], offset.shape)
-    cached = gather_tokens(pool, page.ravel(), offset.ravel(), pages_per_layer=slots_per_layer).reshape(layers, batch, window, *rest)
-    is_fresh, there = ((x[None, :, :, None, None]) for x in (position >= start[:, None], position >= 0))
-    tail = jnp.where(is_fresh, fresh.astype(pool.dtype), cached)
-    return jnp.where(there, tail, 0), offset
 
 
 def write_rings(
@@ -222,15 +181,36 @@ def write_rings(
 ) -> Float[Array, "K X W H"]:
     """The pool after a chunk: each row's ring in `write_slot` holds its last W tokens, zeros where it has fewer.
 
-    Arguments are those of `ring_tail`. One scatter, in place when the pool is donated. `read_slot` may equal `write_slot` and is
-    otherwise left as it was; all reads come before all writes. Rows with `valid == 0` write to the dummy slot; no two other rows may
-    share a write slot.
+    One scatter of whole rings, in place when the pool is donated. `read_slot` may equal `write_slot` and is otherwise left as it was; all
+    reads come before all writes. Rows with `valid == 0` write to the dummy slot; no two other rows may share a write slot.
+
+    Args:
+        pool: rings of all L layers.
+        new: the chunk's keys or values of all layers; tokens from `valid` on are padding.
+        read_slot: slot within a layer that holds the row's earlier tokens.
+        write_slot: slot that will hold the row's last tokens.
+        start: tokens before the chunk.
+        valid: tokens of the chunk.
+        slots_per_layer: P.
+        window: W.
+
+    Raises:
+        InvalidInput: rings of another size than `window`.
     """
-    tail, offset = ring_tail(pool, new, read_slot, start, valid, slots_per_layer=slots_per_layer, window=window)
-    layers, batch, _, *rest = tail.shape
-    page = jnp.broadcast_to(jnp.where(valid > 0, write_slot, 0)[:, None], offset.shape)
-    flat = tail.reshape(layers, batch * window, *rest)
-    return write_tokens(pool, flat, page.ravel(), offset.ravel(), pages_per_layer=slots_per_layer)
+    _check_window(pool, window)
+    layers, batch, tokens, kv_heads, _ = new.shape
+    last = (start + valid - 1)[:, None]
+    # The newest position at each offset of a ring.
+    position = last - (last - jnp.arange(window)) % window
+    from_chunk = jnp.clip(position - start[:, None], 0, tokens - 1)
+    fresh = new.at[:, jnp.arange(batch)[:, None], from_chunk].get(mode="promise_in_bounds")
+    cached = read_pages(pool, jnp.arange(layers)[:, None] * slots_per_layer + read_slot)
+    is_fresh, there = (x[None, :, None, :, None] for x in (position >= start[:, None], position >= 0))
+    rings = jnp.where(is_fresh, fresh.astype(pool.dtype).transpose(0, 1, 3, 2, 4), cached.transpose(1, 2, 0, 3, 4))
+    # Fused into the scatter, the reads would meet its writes: XLA would copy the pool first.
+    rings = jax.lax.optimization_barrier(jnp.where(there, rings, 0))
+    page = jnp.where(valid > 0, write_slot, 0)
+    return write_pages(pool, rings.reshape(layers, batch, kv_heads, -1), page, pages_per_layer=slots_per_layer)
 
 
 def _check_window(pool: Float[Array, "K X W H"], window: int) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prfaas_jax.ops.pool_write import gather_tokens, write_tokens
+from prfaas_jax.ops.pool_write import _scatter_pages, gather_tokens, read_pages, write_pages, write_tokens
 
 L, P, K, H = 3, 7, 2, 8
 
@@ -66,3 +66,22 @@ def test_a_donated_pool_is_written_in_place(rows):
     (small_temp, *_), (temp, alias, pool_bytes) = memory(20), memory(2000)
     assert alias == pool_bytes
     assert temp <= small_temp + 4096
+
+
+@pytest.mark.parametrize("page", [(16, 8), (3, 8), (5,)])
+def test_whole_pages_are_written_and_read_back(page):
+    """Also by the form that TPUs take."""
+    rng, layers, pages, heads = np.random.default_rng(0), 3, 7, 2
+    pool = rng.standard_normal((heads, layers * pages, *page)).astype(np.float32)
+    new = rng.standard_normal((layers, 2, heads, int(np.prod(page)))).astype(np.float32)
+    at, expected = np.array([4, 2], np.int32), pool.copy()
+    for layer in range(layers):
+        for row, p in enumerate(at):
+            expected[:, layer * pages + p] = new[layer, row].reshape(heads, *page)
+    np.testing.assert_array_equal(write_pages(jnp.asarray(pool), jnp.asarray(new), at, pages_per_layer=pages), expected)
+    ids = np.arange(layers)[:, None] * pages + at
+    np.testing.assert_array_equal(_scatter_pages(jnp.asarray(pool), jnp.asarray(new), jnp.asarray(ids)), expected)
+    np.testing.assert_array_equal(read_pages(jnp.asarray(expected), jnp.asarray(ids)), expected[:, ids])
+    last = write_pages(jnp.asarray(pool), jnp.asarray(new[2:]), at, pages_per_layer=pages, first_layer=2)
+    np.testing.assert_array_equal(last[:, : 2 * pages], pool[:, : 2 * pages])
+    np.testing.assert_array_equal(last[:, 2 * pages :], expected[:, 2 * pages :])

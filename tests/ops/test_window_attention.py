@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.ops.pool_write import write_tokens
-from prfaas_jax.ops.window_attention import ring_tail, window_decode, window_prefill, write_rings
+from prfaas_jax.ops.window_attention import window_decode, window_prefill, write_rings
 from prfaas_jax.testing.attention_cases import attend
 
 LAYERS, LAYER, SLOTS = 2, 1, 7
@@ -174,22 +174,6 @@ def check_ring(pool: np.ndarray, tokens: np.ndarray, slot: int, length: int) -> 
     if slot:
         for p in range(max(0, length - window), length):
             np.testing.assert_array_equal(pool[:, slot::SLOTS, p % window], tokens[:, p].swapaxes(0, 1))
-
-
-def test_the_tail_is_in_order_of_position_and_zero_before_the_first_token():
-    """What is exported of a window layer."""
-    window, tokens = 6, np.random.default_rng(0).standard_normal((LAYERS, 20, KV_HEADS, 4)).astype(np.float32)
-    pool = np.full((KV_HEADS, LAYERS * SLOTS, window, 4), np.nan, np.float32)
-    for p in range(4, 10):
-        pool[:, 2::SLOTS, p % window] = tokens[:, p].swapaxes(0, 1)
-    new = np.full((LAYERS, 2, 8, KV_HEADS, 4), np.nan, np.float32)
-    new[:, 0, :3], new[:, 1, :4] = tokens[:, 10:13], tokens[:, :4]
-    slot, start, valid = (np.array(x, np.int32) for x in ([2, 3], [10, 0], [3, 4]))
-    tail, offset = ring_tail(jnp.asarray(pool), jnp.asarray(new), slot, start, valid, slots_per_layer=SLOTS, window=window)
-    np.testing.assert_array_equal(tail[:, 0], tokens[:, 7:13])
-    np.testing.assert_array_equal(tail[:, 1, 2:], tokens[:, :4])
-    np.testing.assert_array_equal(tail[:, 1, :2], 0)
-    np.testing.assert_array_equal(offset[0], np.arange(7, 13) % window)
 
 
 def test_chunks_then_decode_equal_one_long_attention():
