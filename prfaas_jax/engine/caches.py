@@ -31,10 +31,15 @@ _HEADS, _KV = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 _UP = ("heads", None, None)
 
 
+def new_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
+    """Logical axes of what a step adds to a tensor: tokens [L, B, T, heads, width], or a state [L, B, heads, width]."""
+    if group.cache.kind == "state":
+        return (None, "batch", heads_axis(tensor), None)
+    return (None, "batch", None, heads_axis(tensor), None)
+
+
 class _StepCache:
     """What both steps share."""
-
-    decoding: bool
 
     def __init__(self, spec: CacheSpec, geometry: PoolGeometry, shard: Sharder, pools: Pools, valid: jax.Array, read_slot: jax.Array):
         self.spec, self.geometry, self.shard, self.pools = spec, geometry, shard, pools
@@ -68,39 +73,50 @@ class _StepCache:
         def local(pool: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
             return write_pages(pool, new, slot, pages_per_layer=self.geometry.slots)
 
-        return tuple(
-            self.island(local, (pool_axes(t), (None, "batch", heads_axis(t), None), _ROW), pool_axes(t))(pool, x, slot)
-            for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
-        )
+        return self._write(local, group, pools, new, (_ROW,), (slot,))
 
     def _write_pages(
-        self, group: CacheGroup, pools: New, new: New, table: Int[Array, "B MP"], start: Int[Array, " B"], count: Int[Array, " B"]
+        self,
+        group: CacheGroup,
+        pools: New,
+        new: New,
+        table: Int[Array, "B MP"],
+        start: Int[Array, " B"],
+        count: Int[Array, " B"],
+        first_layer: jax.Array | int = 0,
     ) -> New:
-        """Scatters [L, B, T, heads, width] at positions [start, start + count) of each row; the rest goes to the dummy page."""
+        """Scatters [L, B, T, heads, width] at positions [start, start + count) of each row; the rest goes to the dummy page.
+
+        `first_layer` is the group's layer that comes first in `new`.
+        """
         page_size = self.geometry.page_size
 
-        def local(pool: jax.Array, new: jax.Array, table: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+        def local(
+            pool: jax.Array, new: jax.Array, table: jax.Array, start: jax.Array, count: jax.Array, first: jax.Array
+        ) -> jax.Array:
             layers, batch, tokens, *rest = new.shape
             step = jnp.arange(tokens)
             position = start[:, None] + step
             page = jnp.take_along_axis(table, position // page_size, axis=1, mode="clip")
             page = jnp.where(step < count[:, None], page, 0)
-            flat = new.reshape(layers, batch * tokens, *rest)
-            return write_tokens(pool, flat, page.ravel(), (position % page_size).ravel(), pages_per_layer=self.geometry.pages)
+            flat, offset = new.reshape(layers, batch * tokens, *rest), (position % page_size).ravel()
+            return write_tokens(pool, flat, page.ravel(), offset, pages_per_layer=self.geometry.pages, first_layer=first)
 
-        axes, rows = (_TABLE, _ROW, _ROW), (table, start, count)
-        return tuple(self._write(local, group, t, axes)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
+        rows = (table, start, count, jnp.asarray(first_layer, jnp.int32))
+        return self._write(local, group, pools, new, (_TABLE, _ROW, _ROW, _LAYER), rows)
 
-    def _write(self, local: Callable[..., jax.Array], group: CacheGroup, tensor: TensorSpec, rows: tuple) -> Callable[..., jax.Array]:
-        """`local(pool, new [L, B, T, heads, width], *rows) -> pool` as an island."""
-        pool = pool_axes(tensor)
-        return self.island(local, (pool, (None, "batch", None, heads_axis(tensor), None), *rows), pool)
+    def _write(
+        self, local: Callable[..., jax.Array], group: CacheGroup, pools: New, new: New, axes: tuple, rows: tuple[jax.Array, ...]
+    ) -> New:
+        """`local(pool, new, *rows) -> pool` shard by shard on every tensor of a group; `axes` are those of `rows`."""
+        return tuple(
+            self.island(local, (pool_axes(t), new_axes(group, t), *axes), pool_axes(t))(pool, x, *rows)
+            for t, pool, x in zip(group.cache.tensors, pools, new, strict=True)
+        )
 
 
 class PrefillCache(_StepCache):
     """A chunk of several prompts: row b holds tokens [start, start + valid) of its request."""
-
-    decoding = False
 
     def __init__(self, spec: CacheSpec, geometry: PoolGeometry, shard: Sharder, pools: Pools, plan: PrefillPlan):
         super().__init__(spec, geometry, shard, pools, plan.valid, plan.read_slot)
@@ -170,13 +186,11 @@ class PrefillCache(_StepCache):
         op = functools.partial(write_rings, slots_per_layer=self.geometry.slots, window=group.cache.window)
         plan = self.plan
         rows = (plan.read_slot, plan.write_slot, plan.start, plan.valid)
-        return tuple(self._write(op, group, t, (_ROW,) * 4)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
+        return self._write(op, group, pools, new, (_ROW,) * 4, rows)
 
 
 class DecodeCache(_StepCache):
     """One token per row, at position `length`. `implementations` names the paged attention of each group, None where it has none."""
-
-    decoding = True
 
     def __init__(
         self,
@@ -209,7 +223,9 @@ class DecodeCache(_StepCache):
         plan, group, index = self.plan, place.group, jnp.asarray(place.index)
         pools, op = self.pools[group], self._attention(place, config)
         if self.in_pool[group]:
-            pools = self._write_layer(group, carry[group], (k, v), index)
+            # At once, and this layer only; padded rows hit the dummy page.
+            new = (k[None], v[None])
+            pools = self._write_pages(self.spec.groups[group], carry[group], new, plan.table, plan.length, self.valid, index)
             carry = (*carry[:group], pools, *carry[group + 1 :])
         where, where_axes = (plan.table, _TABLE) if config.window is None else (plan.slot, _ROW)
         heads, kv = ("batch", "heads", None), ("batch", "kv_heads", None)
@@ -273,23 +289,4 @@ class DecodeCache(_StepCache):
         def local(pool: jax.Array, new: jax.Array, slot: jax.Array, length: jax.Array) -> jax.Array:
             return write_tokens(pool, new[:, :, 0], slot, length % window, pages_per_layer=slots)
 
-        rows = (self.plan.slot, self.plan.length)
-        return tuple(self._write(local, group, t, (_ROW,) * 2)(*x, *rows) for t, *x in zip(group.cache.tensors, pools, new, strict=True))
-
-    def _write_layer(self, group: int, pools: New, new: New, layer: jax.Array) -> New:
-        """Scatters one layer's [B, 1, K, H] at position `length` of each row; padded rows hit the dummy page."""
-        page_size, pages = self.geometry.page_size, self.geometry.pages
-
-        def local(pool: jax.Array, new: jax.Array, table: jax.Array, length: jax.Array, layer: jax.Array) -> jax.Array:
-            page = jnp.take_along_axis(table, (length // page_size)[:, None], axis=1, mode="clip")[:, 0]
-            page = jnp.where(length > 0, page, 0)
-            one_layer = new[:, 0][None]
-            return write_tokens(pool, one_layer, page, length % page_size, pages_per_layer=pages, first_layer=layer)
-
-        tensors, (axes, *_) = self.spec.groups[group].cache.tensors, self._pool_axes(group)
-        return tuple(
-            self.island(local, (axes, ("batch", None, heads_axis(t), None), _TABLE, _ROW, _LAYER), axes)(
-                pool, x, self.plan.table, self.plan.length, layer
-            )
-            for t, pool, x in zip(tensors, pools, new, strict=True)
-        )
+        return self._write(local, group, pools, new, (_ROW,) * 2, (self.plan.slot, self.plan.length))

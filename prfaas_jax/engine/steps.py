@@ -15,11 +15,11 @@ from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.engine.caches import DecodeCache, PrefillCache
+from prfaas_jax.engine.caches import DecodeCache, PrefillCache, new_axes
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, SamplingRows
 from prfaas_jax.engine.sampling import sample
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, heads_axis, pool_axes, pool_formats, pool_shardings
-from prfaas_jax.kvcache.spec import CacheGroup, TensorSpec, cache_spec
+from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.models import params as model_params
 from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
@@ -43,13 +43,6 @@ def _after(index: Int[Array, "B ..."], token: Int[Array, " B"]) -> Int[Array, "B
     """
     zero = (token & 1) >> 1
     return index + zero.reshape(-1, *(1,) * (index.ndim - 1))
-
-
-def new_axes(group: CacheGroup, tensor: TensorSpec) -> tuple[str | None, ...]:
-    """Logical axes of what a step adds to a tensor: tokens [L, B, T, heads, width], or a state [L, B, heads, width]."""
-    if group.cache.kind == "state":
-        return (None, "batch", heads_axis(tensor), None)
-    return (None, "batch", None, heads_axis(tensor), None)
 
 
 class Steps:

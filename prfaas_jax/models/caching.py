@@ -35,7 +35,6 @@ class Cache(Protocol):
     `carry` threads through the layers what a step must update while it runs; most implementations leave it alone.
     """
 
-    decoding: bool
     valid: Int[Array, " B"]
 
     def attend(

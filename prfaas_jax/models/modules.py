@@ -53,6 +53,12 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+def unit_rms(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """x over its root mean square along the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32; with `offset` it multiplies by 1 + weight."""
 
@@ -63,8 +69,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis; returns x's dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        wide = unit_rms(x, self.eps)
         if self.offset:
             return (wide * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return (self.weight[...] * wide.astype(x.dtype)).astype(x.dtype)
@@ -74,6 +79,4 @@ def gated_rms_norm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], gate: Float[Array, "*B D"], eps: float
 ) -> Float[Array, "*B D"]:
     """RMS norm of x times an activated gate, all in float32; returns float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide * weight.astype(jnp.float32) * gate.astype(jnp.float32)
+    return unit_rms(x, eps) * weight.astype(jnp.float32) * gate.astype(jnp.float32)

@@ -21,8 +21,6 @@ from prfaas_jax.sharding import Sharder
 class WholeSequence:
     """The `Cache` of a forward pass that starts at position 0 and keeps nothing: attention in its dense form, states from zero."""
 
-    decoding = False
-
     def __init__(self, spec: CacheSpec, tokens: Int[Array, "B T"], shard: Sharder):
         self.spec, self.shard = spec, shard
         self.valid = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)

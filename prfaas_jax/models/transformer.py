@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from prfaas_jax.kvcache.spec import cache_spec
-from prfaas_jax.models.caching import Cache, New, Place, Step
+from prfaas_jax.models.caching import Cache, Island, New, Place, Step
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig, Layer, LightningConfig, Rope
 from prfaas_jax.models.mixers import make_mixer
@@ -30,7 +30,7 @@ from prfaas_jax.sharding import Sharder
 ISLAND = "island"
 
 
-def island(shard: Sharder) -> Callable[[Callable, tuple, Any], Callable]:
+def island(shard: Sharder) -> Island:
     """`(fn, in_axes, out_axes) -> fn on each device's own shard`, axes given by logical names; its operations are named in profiles."""
 
     def spec(axes: Any) -> Any:

@@ -21,22 +21,20 @@ def _token_ids(
 
 
 def write_tokens(
-    pool: Float[Array, "K X *page_size H"],
+    pool: Float[Array, "K X page_size H"],
     new: Float[Array, "L R K H"],
     page: Int[Array, " R"],
     offset: Int[Array, " R"],
     *,
     pages_per_layer: int,
     first_layer: Int[Array, ""] | int = 0,
-) -> Float[Array, "K X *page_size H"]:
+) -> Float[Array, "K X page_size H"]:
     """Writes token r of layers `first_layer`.. at (page[r], offset[r]) of each: ONE scatter, in place when the pool is donated.
 
-    A pool without the page axis has pages of one token. Padded rows point at page 0, where they may collide. Indices must be in range:
+    Padded rows point at page 0, where they may collide. Indices must be in range:
     0 <= page < pages_per_layer, 0 <= offset < page_size (unchecked: the engine's plan guarantees it).
     """
-    # No axis of size 1: around it the CPU compiler copies the pool.
-    page_size = pool.shape[2] if pool.ndim == 4 else 1
-    ids = _token_ids(new.shape[0], page, offset, first_layer, pages_per_layer, page_size)
+    ids = _token_ids(new.shape[0], page, offset, first_layer, pages_per_layer, pool.shape[2])
     return jax.lax.platform_dependent(pool, new.astype(pool.dtype), ids, tpu=_scatter_rows, default=_scatter_windows)
 
 
@@ -51,8 +49,8 @@ def _scatter_windows(
 
 
 def _scatter_rows(
-    pool: Float[Array, "K X *page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
-) -> Float[Array, "K X *page_size H"]:
+    pool: Float[Array, "K X page_size H"], new: Float[Array, "L R K H"], ids: Int[Array, "L R"]
+) -> Float[Array, "K X page_size H"]:
     """One index per token and head, a row [H] each: a window over heads makes the TPU compiler re-lay, so copy, the whole pool."""
     kv_heads, head_dim = pool.shape[0], pool.shape[-1]
     tokens = math.prod(pool.shape[1:-1])

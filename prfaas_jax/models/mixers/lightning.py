@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from prfaas_jax.models.caching import New, Place, Step
 from prfaas_jax.models.layer_config import LightningConfig
-from prfaas_jax.models.modules import ACTIVATIONS, Linear, Maker, RMSNorm
+from prfaas_jax.models.modules import ACTIVATIONS, Linear, Maker, RMSNorm, unit_rms
 from prfaas_jax.models.rope import rotate
 from prfaas_jax.ops.lightning import lightning, log_decay
 
@@ -57,8 +57,7 @@ class Lightning(nnx.Module):
 
     def _norm(self, o: Float[Array, "B T N H"]) -> Float[Array, "B T NH"]:
         """RMS norm over the heads of each group together."""
-        wide = o.reshape(*o.shape[:2], self.config.norm_groups, -1).astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + LIGHTNING_EPS)
+        wide = unit_rms(o.reshape(*o.shape[:2], self.config.norm_groups, -1), LIGHTNING_EPS)
         return self.o_norm["weight"][...] * wide.reshape(*o.shape[:2], -1).astype(o.dtype)
 
 
