@@ -16,17 +16,19 @@ New = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a layer's cache lies.
+    """Where a layer's cache and its stacked weights lie.
 
     Attributes:
         group: index into `CacheSpec.groups`.
         index: index within the group's layers; traced inside the body's scan.
         layer: absolute layer; traced inside the body's scan.
+        in_run: index among the layers that its weights are stacked with, traced; 0 for a layer by itself.
     """
 
     group: int
     index: Int[Array, ""] | int
     layer: Int[Array, ""] | int
+    in_run: Int[Array, ""] | int = 0
 
 
 class Cache(Protocol):

@@ -83,8 +83,8 @@ _SPELLINGS: dict[str, Callable[[str], tuple[str, ...]]] = {
 }
 
 
-def _whole(tensor: str, parameter: str, *shapes: Shape, index: Shape = ()) -> Source:
-    return Source((tensor,), (Part(parameter, index),), shapes)
+def _whole(tensor: str, parameter: str, *shapes: Shape) -> Source:
+    return Source((tensor,), (Part(parameter),), shapes)
 
 
 def _weights(names: Mapping[str, str], scope: str, mixer: str) -> Iterator[Source]:
@@ -139,7 +139,7 @@ def _layer(config: ModelConfig, layer: Layer, fused_delta: bool) -> Iterator[Sou
         case LightningConfig() as mixer:
             yield from _lightning(config, mixer)
     if isinstance(layer.mlp, MoeConfig):
-        yield from _moe(layer.mlp)
+        yield from _moe(layer.mlp, config.hidden_size)
     else:
         yield from _weights(_same("gate_proj", "up_proj", "down_proj"), "mlp", "mlp")
 
@@ -211,13 +211,15 @@ def _lightning(config: ModelConfig, mixer: LightningConfig) -> Iterator[Source]:
     yield from _weights({"gate_proj": "output_gate", "o_norm": "norm", "o_proj": "out_proj"}, "self_attn", "mixer")
 
 
-def _moe(mlp: MoeConfig) -> Iterator[Source]:
+def _moe(mlp: MoeConfig, hidden_size: int) -> Iterator[Source]:
     yield _whole("mlp.gate.weight", "mlp/router")
     if mlp.correction_bias:
         yield _whole("mlp.gate.e_score_correction_bias", "mlp/correction_bias")
     for expert in range(mlp.num_experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
-            yield _whole(f"mlp.experts.{expert}.{name}.weight", f"mlp/experts/{name}", index=(expert,))
+            shape = (hidden_size, mlp.intermediate_size) if name == "down_proj" else (mlp.intermediate_size, hidden_size)
+            part = Part(f"mlp/experts/{name}", (expert,), np.transpose)
+            yield Source((f"mlp.experts.{expert}.{name}.weight",), (part,), (shape,))
     if mlp.shared_size:
         yield from _weights({f"shared/{n}": f"shared_experts.{n}" for n in ("gate_proj", "up_proj", "down_proj")}, "mlp", "mlp")
     if mlp.shared_gate:

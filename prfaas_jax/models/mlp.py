@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from prfaas_jax.models.caching import Step
+from prfaas_jax.models.caching import Place, Step
 from prfaas_jax.models.layer_config import DenseConfig, MlpConfig, MoeConfig
 from prfaas_jax.models.modules import ACTIVATIONS, Linear, Maker
 from prfaas_jax.ops.moe import experts_mlp, route
@@ -23,9 +23,9 @@ class MLP(nnx.Module):
         self.up_proj = Linear(make, f, d, ("mlp", "embed"))
         self.down_proj = Linear(make, d, f, ("embed", "mlp"))
 
-    def __call__(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], place: Place, step: Step) -> Float[Array, "B T D"]:
         """down(act(gate x) * up x)."""
-        del step
+        del place, step
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
     def matrices(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -33,11 +33,16 @@ class MLP(nnx.Module):
         return self.gate_proj.weight[...], self.up_proj.weight[...], self.down_proj.weight[...]
 
 
+# Parameters that the scan over a run of layers leaves whole.
+UNSLICED = nnx.PathContains("experts")
+
+
 class Experts(nnx.Module):
     """A router, its experts, and the shared expert where there is one.
 
     Each device computes its own experts (and its slice of each) for all tokens of its data shard; one sum over the expert and model
-    axes brings the parts together, the shared expert's among them.
+    axes brings the parts together, the shared expert's among them. Experts' matrices are [in, out], as grouped products read them, and
+    those of a run of layers stay together (`UNSLICED`): an expert is found where it lies.
     """
 
     def __init__(self, config: MoeConfig, make: Maker):
@@ -45,12 +50,12 @@ class Experts(nnx.Module):
         d, e, f = make.config.hidden_size, config.num_experts, config.intermediate_size
         self.router = make((e, d), ("latent", "embed"))
         self.correction_bias = make((e,), ("latent",), nnx.initializers.zeros, "float32") if config.correction_bias else None
-        wide, narrow = ("experts", "expert_mlp", "embed"), ("experts", "embed", "expert_mlp")
-        self.experts = nnx.Dict(gate_proj=make((e, f, d), wide), up_proj=make((e, f, d), wide), down_proj=make((e, d, f), narrow))
+        wide, narrow = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+        self.experts = nnx.Dict(gate_proj=make((e, d, f), wide), up_proj=make((e, d, f), wide), down_proj=make((e, f, d), narrow))
         self.shared = MLP(DenseConfig(config.shared_size), make) if config.shared_size else None
         self.shared_gate = make((1, d), ("latent", "embed")) if config.shared_gate else None
 
-    def __call__(self, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], place: Place, step: Step) -> Float[Array, "B T D"]:
         """Sum of the chosen experts, weighted, and of the shared one."""
         config, shard = self.config, step.shard
         logits = matmul_transposed(x.astype(jnp.float32), self.router[...].astype(jnp.float32))
@@ -76,15 +81,16 @@ class Experts(nnx.Module):
             weights: Float[Array, "B T k"],
             chosen: Int[Array, "B T k"],
             experts: tuple[jax.Array, ...],
+            layer: Int[Array, ""],
             shared: tuple[jax.Array, ...],
             gate: Float[Array, "1 D"] | None,
         ) -> Float[Array, "B T D"]:
             batch, tokens, width = x.shape
             flat = x.reshape(batch * tokens, width)
-            first = jax.lax.axis_index("expert") * experts[0].shape[0]
+            first = jax.lax.axis_index("expert") * experts[0].shape[1]
             rows = lambda y: y.reshape(batch * tokens, -1)  # noqa: E731
             gates, ups, downs = experts
-            y = experts_mlp(flat, rows(weights), rows(chosen), gates, ups, downs, first)
+            y = experts_mlp(flat, rows(weights), rows(chosen), gates, ups, downs, first, layer)
             if shared:
                 gated, up, down = shared
                 z = matmul_transposed(jax.nn.silu(matmul_transposed(flat, gated)) * matmul_transposed(flat, up), down)
@@ -97,12 +103,14 @@ class Experts(nnx.Module):
             return jax.lax.psum(y, TENSOR)
 
         tokens = ("batch", None, None)
-        wide, narrow = ("experts", "expert_mlp", None), ("experts", None, "expert_mlp")
+        wide, narrow = ("layers", "experts", None, "expert_mlp"), ("layers", "experts", "expert_mlp", None)
         shared_axes = (("mlp", None), ("mlp", None), (None, "mlp")) if shared else ()
-        axes = (tokens, tokens, tokens, (wide, wide, narrow), shared_axes, (None, None))
+        axes = (tokens, tokens, tokens, (wide, wide, narrow), (), shared_axes, (None, None))
         out = ("batch", "seq" if scattered else None, None)
         matrices = tuple(self.experts[name][...] for name in ("gate_proj", "up_proj", "down_proj"))
-        return step.island(local, axes, out)(x, weights, chosen, matrices, shared, gate)
+        if matrices[0].ndim == 3:
+            matrices = tuple(w[None] for w in matrices)
+        return step.island(local, axes, out)(x, weights, chosen, matrices, jnp.asarray(place.in_run, jnp.int32), shared, gate)
 
 
 def make_mlp(config: MlpConfig, make: Maker) -> MLP | Experts:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MANIFEST = "prfaas_checkpoint.json"
 
 # Grows when parameter names or the form of the config change; older saves must be converted again.
-FORMAT = 2
+FORMAT = 3
 
 # Resolves the <config> of "random:<config>"; configs lie above models in the house, so the caller brings it.
 RandomConfig = Callable[[str], ModelConfig]

@@ -8,7 +8,7 @@ the `Cache` that it is given.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from prfaas_jax.models.caching import Cache, Island, New, Place, Step
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig, Layer, LightningConfig, Rope
 from prfaas_jax.models.mixers import make_mixer
-from prfaas_jax.models.mlp import make_mlp
+from prfaas_jax.models.mlp import UNSLICED, make_mlp
 from prfaas_jax.models.modules import Maker, RMSNorm
 from prfaas_jax.models.rope import Tables, rope_tables
 from prfaas_jax.ops.thin_matmul import matmul_transposed
@@ -46,7 +46,7 @@ def island(shard: Sharder) -> Island:
 
 
 class Block(nnx.Module):
-    """One pre-norm layer; inside the body its weights are those of a whole run until the scan slices them."""
+    """One pre-norm layer; inside the body its weights are those of a whole run until the scan slices them (experts': ever)."""
 
     def __init__(self, layer: Layer, make: Maker):
         config = make.config
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         branch, carry, new = self.mixer(whole(normed), place, step, carry)
         x = self._add(normed if self.normalized_residual else x, branch, self.mixer_post_norm, self.layer.mixer_scales, step)
         normed = self.mlp_norm(x)
-        branch = self.mlp(whole(normed), step)
+        branch = self.mlp(whole(normed), place, step)
         x = self._add(normed if self.normalized_residual else x, branch, self.mlp_post_norm, self.layer.mlp_scales, step)
         return x, carry, new
 
@@ -77,6 +77,14 @@ class Block(nnx.Module):
             branch = norm(branch)
         alpha, beta = scales
         return (x if alpha == 1.0 else x * alpha) + (branch if beta == 1.0 else branch * beta)
+
+
+class _RunParts(NamedTuple):
+    """A block of the body: its structure, the weights that stay whole, and those that are sliced layer by layer."""
+
+    graph: Any
+    unsliced: PyTree
+    sliced: PyTree
 
 
 class Transformer(nnx.Module):
@@ -131,12 +139,13 @@ class Transformer(nnx.Module):
 
     def _body(self, x: jax.Array, places: "_Places", step: Step, carry: Any) -> tuple[jax.Array, Any, tuple[New, ...]]:
         """All repeats of the body as one scan; returns per run its new tensors [repeats, layers of the run, ...]."""
-        split = [nnx.split(block) for block in self.body]
+        parts = [_RunParts(*nnx.split(block, UNSLICED, ...)) for block in self.body]
         runs = self.config.body_runs
 
         def once(number: int, weights: PyTree, repeat: jax.Array, i: jax.Array | int, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
             place = places.in_body(number, repeat, i)
-            x, carry, new = nnx.merge(split[number][0], weights)(state[0], place, step, state[1])
+            block = nnx.merge(parts[number].graph, parts[number].unsliced, weights)
+            x, carry, new = block(state[0], place, step, state[1])
             return (x, carry), new
 
         def run_layers(number: int, weights: PyTree, repeat: jax.Array, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
@@ -146,7 +155,7 @@ class Transformer(nnx.Module):
 
             # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
             def layer(state: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], New]:
-                mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, repeat * length + i, keepdims=False), split[number][1])
+                mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, repeat * length + i, keepdims=False), parts[number].sliced)
                 return once(number, mine, repeat, i, state)
 
             return jax.lax.scan(layer, state, jnp.arange(length))
@@ -159,7 +168,7 @@ class Transformer(nnx.Module):
                 news.append(new)
             return state, tuple(news)
 
-        single = [weights if len(run) == 1 else None for run, (_, weights) in zip(runs, split, strict=True)]
+        single = [part.sliced if len(run) == 1 else None for run, part in zip(runs, parts, strict=True)]
         (x, carry), news = jax.lax.scan(body, (x, carry), (jnp.arange(self.config.pattern.repeats), single))
         return x, carry, news
 
@@ -208,7 +217,8 @@ class _Places:
         first = self.pattern.head + self.runs[run].start
         group, index = self._of[first]
         stride = sum(len(self.runs[r]) for r in self.body_groups()[group])
-        return Place(group, index + repeat * stride + i, first + repeat * self.pattern.period + i)
+        in_run = repeat * len(self.runs[run]) + i
+        return Place(group, index + repeat * stride + i, first + repeat * self.pattern.period + i, in_run)
 
     def body_groups(self) -> dict[int, list[int]]:
         """Group -> runs of the body that belong to it."""

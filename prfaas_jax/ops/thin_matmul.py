@@ -19,15 +19,27 @@ def matmul_transposed(
     x: Float[Array, "... I"], w: Float[Array, "... O I"], preferred_element_type: DTypeLike | None = None
 ) -> Float[Array, "... O"]:
     """`x w^T`: x is [*batch, *rows, I], w is [*batch, O, I]."""
+    return _product(x, w, w.ndim - 1, preferred_element_type)
+
+
+def matmul(x: Float[Array, "... I"], w: Float[Array, "... I O"], preferred_element_type: DTypeLike | None = None) -> Float[Array, "... O"]:
+    """`x w`: x is [*batch, *rows, I], w is [*batch, I, O]."""
+    return _product(x, w, w.ndim - 2, preferred_element_type)
+
+
+def _product(x: Array, w: Array, w_axis: int, preferred_element_type: DTypeLike | None) -> Array:
+    """Contracts the last axis of x with `w_axis` of w."""
     batch = tuple(range(w.ndim - 2))
 
-    def product(a: Array, b: Array) -> Array:
-        contract = (a.ndim - 1,), (b.ndim - 1,)
-        return jax.lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=preferred_element_type)
+    def product(x: Array, w: Array) -> Array:
+        contract = (x.ndim - 1,), (w_axis,)
+        return jax.lax.dot_general(x, w, (contract, (batch, batch)), preferred_element_type=preferred_element_type)
 
     def large_left(x: Array, w: Array) -> Array:
+        contract = (w_axis,), (x.ndim - 1,)
+        y = jax.lax.dot_general(w, x, (contract, (batch, batch)), preferred_element_type=preferred_element_type)
         # Without the barrier the transpose is folded into the product, which swaps its operands back.
-        return jnp.moveaxis(jax.lax.optimization_barrier(product(w, x)), len(batch), -1)
+        return jnp.moveaxis(jax.lax.optimization_barrier(y), len(batch), -1)
 
     if math.prod(x.shape[len(batch) : -1]) >= FEW_ROWS:
         return product(x, w)

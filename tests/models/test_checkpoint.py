@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.models import checkpoint
+from prfaas_jax.models import checkpoint, digest
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.digest import weights_digest
 from prfaas_jax.models.hf import read_hf
@@ -106,6 +106,15 @@ def test_digest_does_not_depend_on_sharding_or_width() -> None:
     assert weights_digest({"w": array}) == weights_digest({"w": split}) == weights_digest({"w": array.astype(np.float32)})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_host_and_device_sum_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    array = np.random.default_rng(0).normal(size=(3, 5, 4, 7)).astype(jax.numpy.dtype(dtype))
+    array[0, 0, 0, :2] = 1e-40, -np.inf
+    on_host = weights_digest({"w": array, "v": array[0, 0, 0]})
+    monkeypatch.setattr(digest, "_SMALL", 0)
+    assert weights_digest({"w": array, "v": array[0, 0, 0]}) == on_host
+
+
 def test_gguf_and_hugging_face_agree(tmp_path: Path) -> None:
     path = tiny_gguf.write(HF / "llama_tied", tmp_path / "tiny.gguf")
     loaded = checkpoint.load(path, SPLIT)
@@ -130,7 +139,7 @@ def test_an_interrupted_or_damaged_save_is_no_checkpoint(saved: Path, tmp_path: 
     with pytest.raises(InvalidInput, match="weights_digest"):
         checkpoint.load(tmp_path / "c", SINGLE)
     manifest.write_text("{}")
-    with pytest.raises(InvalidInput, match=r"format=1: expected 2: .* convert it again"):
+    with pytest.raises(InvalidInput, match=rf"format=1: expected {FORMAT}: .* convert it again"):
         checkpoint.load(tmp_path / "c", SINGLE)
     manifest.unlink()
     with pytest.raises(InvalidInput, match="interrupted"):

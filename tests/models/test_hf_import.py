@@ -73,7 +73,7 @@ def test_layers_go_to_head_body_and_tail() -> None:
     np.testing.assert_array_equal(arrays["head/0/mixer/b_proj/weight"], tensors["model.layers.0.self_attn.b_proj.weight"])
     np.testing.assert_array_equal(arrays["body/0/mixer/b_proj/weight"][1], tensors["model.layers.3.self_attn.b_proj.weight"])
     np.testing.assert_array_equal(
-        arrays["body/1/mlp/experts/up_proj"][0, 4], tensors["model.layers.2.block_sparse_moe.experts.4.w3.weight"]
+        arrays["body/1/mlp/experts/up_proj"][0, 4], tensors["model.layers.2.block_sparse_moe.experts.4.w3.weight"].T
     )
     # Per head 16 rows of keys, then 12 of values.
     kv_b = tensors["model.layers.5.self_attn.kv_b_proj.weight"]

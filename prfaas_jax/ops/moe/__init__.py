@@ -9,11 +9,12 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.ops.moe import dense, grouped, ragged
-from prfaas_jax.ops.moe.feed_forward import Activation
+from prfaas_jax.ops.moe.feed_forward import Activation, Stack
 from prfaas_jax.ops.moe.router import SCORINGS, route
 
 __all__ = ["IMPLEMENTATIONS", "SCORINGS", "default_implementation", "experts_mlp", "route"]
@@ -33,10 +34,11 @@ def experts_mlp(
     x: Float[Array, "T D"],
     weights: Float32[Array, "T k"],
     experts: Int32[Array, "T k"],
-    gate: Float[Array, "E_local F D"],
-    up: Float[Array, "E_local F D"],
-    down: Float[Array, "E_local D F"],
+    gate: Float[Array, "L E_local D F"],
+    up: Float[Array, "L E_local D F"],
+    down: Float[Array, "L E_local F D"],
     first_expert: Int[Array, ""] | int,
+    layer: Int[Array, ""] | int = 0,
     *,
     activation: Activation = jax.nn.silu,
     implementation: str | None = None,
@@ -51,10 +53,12 @@ def experts_mlp(
         x: tokens.
         weights: of each token's experts, from `route`.
         experts: index of each token's experts among all E, distinct per token.
-        gate: of the E_local experts from `first_expert` on.
+        gate: of the E_local experts from `first_expert` on, for all layers of a stack: products read `layer`'s where they lie. A slice
+            of the stack would copy every expert, also those that no token goes to.
         up: like `gate`.
         down: like `gate`.
         first_expert: index of the first local expert; may be traced.
+        layer: index into the stack, in range (unchecked); may be traced.
         activation: of the gate.
         implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for.
 
@@ -62,13 +66,13 @@ def experts_mlp(
         InvalidInput: unknown implementation, or shapes that do not belong together.
     """
     tokens, width = x.shape
-    local, intermediate, _ = gate.shape
+    layers, local, _, intermediate = gate.shape
     for field, array, shape in (
         ("experts.shape", experts, (tokens, weights.shape[-1])),
         ("weights.shape", weights, experts.shape),
-        ("gate.shape", gate, (local, intermediate, width)),
+        ("gate.shape", gate, (layers, local, width, intermediate)),
         ("up.shape", up, gate.shape),
-        ("down.shape", down, (local, width, intermediate)),
+        ("down.shape", down, (layers, local, intermediate, width)),
     ):
         if array.shape != shape:
             raise InvalidInput(field, array.shape, f"{shape}")
@@ -78,7 +82,7 @@ def experts_mlp(
     def run(name: str) -> Callable[..., Float32[Array, "T D"]]:
         return functools.partial(_FORMS[name], activation=activation)
 
-    args = x, weights, experts - first_expert, gate, up, down
+    args = x, weights, experts - first_expert, Stack(gate, up, down, jnp.asarray(layer, jnp.int32))
     if implementation is not None:
         return run(implementation)(*args).astype(x.dtype)
     names = {platform: default_implementation(platform)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}

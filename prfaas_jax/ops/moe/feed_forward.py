@@ -7,17 +7,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from prfaas_jax.ops.thin_matmul import matmul_transposed
+from prfaas_jax.ops.thin_matmul import matmul
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
+class Stack(NamedTuple):
+    """The local experts of several layers, and which layer is meant."""
+
+    gate: Float[Array, "L E_local D F"]
+    up: Float[Array, "L E_local D F"]
+    down: Float[Array, "L E_local F D"]
+    layer: Int32[Array, ""]
+
+    @property
+    def num_local(self) -> int:
+        """Experts per layer."""
+        return self.gate.shape[1]
+
+    @property
+    def first(self) -> Int32[Array, ""]:
+        """Index of the layer's first expert in `flat`."""
+        return self.layer * self.num_local
+
+    def flat(self) -> tuple[Float[Array, "LE D F"], Float[Array, "LE D F"], Float[Array, "LE F D"]]:
+        """Gate, up and down of all experts of all layers."""
+        gate, up, down = (w.reshape(-1, *w.shape[2:]) for w in self[:3])
+        return gate, up, down
+
+
 def gated_mlp(
-    x: Float[Array, "R D"], gate: Float[Array, "F D"], up: Float[Array, "F D"], down: Float[Array, "D F"], activation: Activation
+    x: Float[Array, "R D"], gate: Float[Array, "D F"], up: Float[Array, "D F"], down: Float[Array, "F D"], activation: Activation
 ) -> Float32[Array, "R D"]:
-    """`down(activation(gate x) * up x)`, added up in float32."""
-    wide = activation(matmul_transposed(x, gate, jnp.float32)) * matmul_transposed(x, up, jnp.float32)
-    return matmul_transposed(wide.astype(x.dtype), down, jnp.float32)
+    """`(activation(x gate) * x up) down`, added up in float32."""
+    wide = activation(matmul(x, gate, jnp.float32)) * matmul(x, up, jnp.float32)
+    return matmul(wide.astype(x.dtype), down, jnp.float32)
 
 
 class SortedAssignments(NamedTuple):

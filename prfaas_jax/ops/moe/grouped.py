@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from prfaas_jax.ops.moe.feed_forward import Activation, gated_mlp, sort_assignments, weighted_sum
+from prfaas_jax.ops.moe.feed_forward import Activation, Stack, gated_mlp, sort_assignments, weighted_sum
 
 # Rows per block: the power of two from the mean number of rows per expert up, within these bounds. Measured on a
 # CPU with 8 and with 64 experts: half or twice that is 10 % faster to 14 % slower.
@@ -24,13 +24,11 @@ def experts_mlp(
     x: Float[Array, "T D"],
     weights: Float32[Array, "T k"],
     experts: Int32[Array, "T k"],
-    gate: Float[Array, "E_local F D"],
-    up: Float[Array, "E_local F D"],
-    down: Float[Array, "E_local D F"],
+    stack: Stack,
     activation: Activation,
 ) -> Float32[Array, "T D"]:
     """See `prfaas_jax.ops.moe.experts_mlp`; `experts` counts from the first local one."""
-    num_local, assignments = gate.shape[0], experts.size
+    num_local, assignments = stack.num_local, experts.size
     plan = sort_assignments(experts, num_local)
     size = block_size(assignments, num_local)
     # Every expert that has tokens may leave its last block part empty.
@@ -45,7 +43,8 @@ def experts_mlp(
     places = jnp.minimum(first_place[:, None] + jnp.arange(size), assignments - 1)
     tokens_of = plan.order[places] // experts.shape[1]
 
-    outputs = _run_blocks(x, gate, up, down, expert_of, tokens_of, activation).reshape(blocks * size, -1)
+    in_stack = jnp.where(expert_of < num_local, stack.first + expert_of, -1)
+    outputs = _run_blocks(x, *stack.flat(), in_stack, tokens_of, activation).reshape(blocks * size, -1)
     expert = jnp.clip(experts.reshape(-1), 0, num_local - 1)
     row = first_block[expert] * size + plan.place - plan.starts[expert]
     return weighted_sum(outputs[jnp.where(plan.local, row, 0)], weights, plan.local)
@@ -54,19 +53,19 @@ def experts_mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _run_blocks(
     x: Float[Array, "T D"],
-    gate: Float[Array, "E_local F D"],
-    up: Float[Array, "E_local F D"],
-    down: Float[Array, "E_local D F"],
+    gate: Float[Array, "LE D F"],
+    up: Float[Array, "LE D F"],
+    down: Float[Array, "LE F D"],
     expert_of: Int32[Array, " blocks"],
     tokens_of: Int32[Array, "blocks size"],
     activation: Activation,
 ) -> Float32[Array, "blocks size D"]:
-    """Block b's tokens through its expert. Blocks in use come first; the others, of expert E_local, are zero and cost nothing."""
+    """Block b's tokens through its expert. Blocks of expert -1 are not in use: they are zero and cost nothing."""
 
     def visit(block: tuple[Int32[Array, ""], Int32[Array, " size"]]) -> Float32[Array, "size D"]:
         expert, tokens = block
         run = lambda: gated_mlp(x[tokens], gate[expert], up[expert], down[expert], activation)  # noqa: E731
-        return jax.lax.cond(expert < gate.shape[0], run, lambda: jnp.zeros((tokens.size, x.shape[1]), jnp.float32))
+        return jax.lax.cond(expert >= 0, run, lambda: jnp.zeros((tokens.size, x.shape[1]), jnp.float32))
 
     return jax.lax.map(visit, (expert_of, tokens_of))
 
@@ -83,7 +82,7 @@ def _backward(activation: Activation, args: tuple[Array, ...], cotangent: Float3
         expert, tokens, cotangent = block
         primals = x[tokens], *(w[expert] for w in projections)
         run = lambda: jax.vjp(lambda x, g, u, d: gated_mlp(x, g, u, d, activation), *primals)[1](cotangent)  # noqa: E731
-        gradients = jax.lax.cond(expert < projections[0].shape[0], run, lambda: tuple(map(jnp.zeros_like, primals)))
+        gradients = jax.lax.cond(expert >= 0, run, lambda: tuple(map(jnp.zeros_like, primals)))
         return [t.at[i].add(g) for t, i, g in zip(total, (tokens, expert, expert, expert), gradients, strict=True)], None
 
     zeros = [jnp.zeros(a.shape, jnp.float32) for a in (x, *projections)]
