@@ -39,7 +39,7 @@ $(INSTALLED_COMPILE): $(INSTALLED) third_party/requirements-compile.txt
 	@touch $@
 
 test: install  ## run the tests; ARGS="tests/kvcache -k pages" narrows them
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install  ## ruff and mypy
 	$(PY) -m ruff check .
