@@ -19,14 +19,14 @@ _AXIS_PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 _SMALL = 1 << 16
 
 
-def _float32_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+def _float32_bits(x: Float[Array | np.ndarray, "..."]) -> UInt[Array | np.ndarray, "..."]:
     """Bits of x as float32; bfloat16 widens by shifting, so no backend gets to flush a subnormal."""
     if x.dtype == jnp.bfloat16:
         return x.view(jnp.uint16).astype(jnp.uint32) << 16
     return x.view(jnp.uint32)
 
 
-def _checksums(x: Float[Array, "..."], xp: Any) -> tuple[Array, Array]:
+def _checksums(x: Float[Array | np.ndarray, "..."], xp: Any) -> tuple[Array | np.ndarray, Array | np.ndarray]:
     """Two sums of bits times a hash of the position, modulo 2**32: exact in any order of summation, hence on any mesh, in either `xp`."""
     bits, position = _float32_bits(x), xp.zeros(x.shape, xp.uint32)
     for axis, prime in zip(range(x.ndim), _AXIS_PRIMES, strict=False):
