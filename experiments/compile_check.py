@@ -67,7 +67,14 @@ def _toy(model: str, target: str, mesh: str, growth: bool = False) -> Case:
 CASES = (
     Case("kimi_linear_48b", "gpu:h200:1x1x8", "expert:4,model:2", batch=32, context=4096),
     _toy("kimi_linear_toy", "tpu:v5e:2x2", "expert:2,model:2", growth=True),
+    Case("kimi_linear_48b", "tpu:v6e:4x4", "data:2,expert:8", batch=32, context=4096),
+    _toy("mimo_toy", "gpu:h200:1x1x4", "expert:4", growth=True),
+    _toy("qwen3_next_toy", "gpu:h200:1x1x4", "expert:2,model:2"),
+    _toy("gated_delta_toy", "tpu:v5e:2x2", "model:4"),
     _toy("lightning_toy", "tpu:v5e:2x2", "expert:4"),
+    _toy("deepseek_toy", "tpu:v5e:2x2", "expert:2,model:2"),
+    _toy("gemma3_toy", "gpu:h200:1x1x4", "model:4"),
+    _toy("qwen3_moe_toy", "gpu:h200:1x1x2", "expert:2"),
     Case("qwen3_0_6b", "gpu:h200:1x1x2", "data:1,model:2", batch=8, context=2048, growth=True),
     Case("qwen3_8b", "gpu:h200:1x1x8", "data:1,model:8", batch=32, context=4096),
     Case("qwen3_0_6b", "tpu:v5e:2x2", "data:1,model:4", batch=8, context=2048, growth=True),
@@ -84,6 +91,7 @@ def check_step(deployed: "Deployment", report: "StepReport") -> Iterator[Check]:
     yield "fits", report.fits, f"{report.bytes_per_chip['total'] / 2**30:.2f} GiB of {deployed.chip.hbm_bytes / 2**30:.2f} GiB"
     if deployed.platform != "tpu" or _fills_lanes(deployed):
         yield "no pool copy", not report.pool_copies, ", ".join(report.pool_copies) or "none"
+    yield "no weight copy", not report.weights_copied_bytes, f"{report.weights_copied_bytes} bytes"
     yield "pools aliased", report.aliased_bytes >= pools, f"{report.aliased_bytes} of {pools} bytes"
     kernels = expected_kernels(deployed, report.step)
     yield "kernels", report.kernels == kernels, f"{report.kernels}, expected {kernels}"
