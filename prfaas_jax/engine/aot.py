@@ -1,6 +1,7 @@
 """Compiles the prefill and decode steps for accelerators that are not here and says what can be known without running them.
 
-Everything reported is "compiled, not run": bytes and collectives are facts of the compiled program, seconds are lower bounds.
+Everything reported is "compiled, not run": bytes and collectives are facts of the compiled program, seconds are lower bounds. The prefill
+step is compiled as one program here; the engine of a model with states runs the same layers in several (engine/steps.py).
 """
 
 import contextlib

@@ -22,11 +22,11 @@ from prfaas_jax.engine.api import (
 )
 from prfaas_jax.engine.plan import PrefillInput, plan_prefill
 from prfaas_jax.engine.runner import Runner
-from prfaas_jax.engine.steps import Drawn
+from prfaas_jax.engine.steps import Drawn, Part
 from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
 from prfaas_jax.kvcache.pages import PageAllocator, Reservation
-from prfaas_jax.models.caching import New
+from prfaas_jax.kvcache.spec import CacheKind
 from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill
 
 
@@ -51,11 +51,11 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class DispatchedStep:
-    """A prefill step that has been dispatched and whose results have not been read; `new` is what it added to each cache group."""
+    """A prefill step that has been dispatched and whose results have not been read; `parts` become ready one after another."""
 
     rows: list[tuple[Prompt, PrefillInput]]
     drawn: Drawn
-    new: tuple[New, ...]
+    parts: tuple[Part, ...]
 
 
 def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, export: bool) -> DispatchedStep:
@@ -74,8 +74,11 @@ def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, expo
         prompt.done, prompt.last_step = start + count, step
         rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, held.pages, prompt.job.sampling, held.slot, held.slot)))
     plan = plan_prefill([r for _, r in rows], choice.bucket.rows, choice.bucket.tokens, runner.geometry.width)
-    drawn, new = runner.prefill(plan, export)
-    return DispatchedStep(rows, drawn, new)
+    kinds: list[CacheKind] = ["paged", "window"] if export else []
+    if export and any(row.start + row.valid == len(prompt.job.prompt) for prompt, row in rows):
+        kinds.append("state")  # of no use to anybody before the prompt's end
+    drawn, parts = runner.prefill(plan, kinds)
+    return DispatchedStep(rows, drawn, parts)
 
 
 def new_pages(runner: Runner) -> PageAllocator:
@@ -188,13 +191,14 @@ class PrefillWorker(EngineThread):
         return self._pending is not None or bool(self._waiting and not self._active)
 
     def _deliver(self, step: DispatchedStep) -> None:
-        """Hands out what stays of a finished step's new cache while the next step computes."""
-        for prompt, row in step.rows:
+        """Hands out what stays of a step's new cache, part by part, while later parts and the next step compute."""
+        rows = [(prompt, row) for prompt, row in step.rows if self._active.get(prompt.job.ticket) is prompt]  # others: cancelled meanwhile
+        for part in step.parts:
+            for prompt, row in rows:
+                for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
+                    prompt.sink(SegmentReady(segment))
+        for prompt, row in rows:
             ticket = prompt.job.ticket
-            if self._active.get(ticket) is not prompt:
-                continue  # cancelled meanwhile
-            for segment in self._runner.export(step.new, row.row, row.start, row.valid, len(prompt.job.prompt)):
-                prompt.sink(SegmentReady(segment))
             self._prefilled += row.valid
             prompt.sink(PrefillProgress(row.start + row.valid))
             if row.start + row.valid == len(prompt.job.prompt):

@@ -1,7 +1,7 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -12,12 +12,12 @@ from tqdm import tqdm
 from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_prefill, plan_ring
-from prfaas_jax.engine.steps import Drawn, Steps
+from prfaas_jax.engine.steps import Drawn, Part, Steps
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
 from prfaas_jax.kvcache.segments import Segment, SegmentKey, layer_blocks
-from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, TensorSpec, cache_spec
-from prfaas_jax.models.caching import New
+from prfaas_jax.kvcache.spec import CacheGroup, CacheKind, CacheSpec, TensorSpec, cache_spec
+from prfaas_jax.models.caching import Added
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation, supports
@@ -95,10 +95,10 @@ class Runner:
 
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 
-    def prefill(self, plan: PrefillPlan, export: bool = True) -> tuple[Drawn, tuple[New, ...]]:
-        """Runs a prefill step; returns what was drawn and what is new per group, on its way to the host if `export`."""
-        self.pools, drawn, new = self.steps.prefill(self.params, self.pools, plan)
-        return drawn, self._to_host(new) if export else new
+    def prefill(self, plan: PrefillPlan, export: Collection[CacheKind] = ()) -> tuple[Drawn, tuple[Part, ...]]:
+        """Runs a prefill step; returns what was drawn and what is new, kinds in `export` on their way to the host."""
+        self.pools, drawn, parts = self.steps.run_prefill(self.params, self.pools, plan)
+        return drawn, tuple(Part(self._to_host(part.new, export), part.layers) for part in parts)
 
     def decode(self, plan: DecodePlan) -> Drawn:
         """Runs a decode step."""
@@ -134,17 +134,18 @@ class Runner:
         self.pools = tuple(tensors if g == group else p for g, p in enumerate(self.pools))
         return fence
 
-    def _to_host(self, new: tuple[New, ...]) -> tuple[New, ...]:
+    def _to_host(self, new: Added, kinds: Collection[CacheKind]) -> Added:
         """Starts the copy into pinned host memory where the device has its own; on CPU the arrays already are host memory."""
         if self.platform == "cpu":
             return new
-        return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), new)
+        pinned = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
+        return tuple(jax.tree.map(pinned, n) if g.cache.kind in kinds else n for g, n in zip(self.spec.groups, new, strict=True))
 
-    def export(self, new: tuple[New, ...], row: int, start: int, count: int, length: int) -> Iterator[Segment]:
-        """Segments of one row of an exported chunk; waits for the chunk's computation.
+    def export(self, part: Part, row: int, start: int, count: int, length: int) -> Iterator[Segment]:
+        """Segments of one row of a part of an exported chunk; waits for the part's computation.
 
         Args:
-            new: what `prefill` returned.
+            part: one of those that `prefill` returned with `export`.
             row: the row in the chunk.
             start: the row's first position.
             count: its tokens in this chunk.
@@ -152,7 +153,7 @@ class Runner:
 
         Only addressable shards are read. Payloads are contiguous `[layers, tokens, heads, width]`.
         """
-        for g, (group, tensors) in enumerate(zip(self.spec.groups, new, strict=True)):
+        for g, (group, tensors, has) in enumerate(zip(self.spec.groups, part.new, part.layers, strict=True)):
             first, last = group.cache.kept(length)
             tokens = (max(first, start), min(last, start + count))
             if tokens[0] >= tokens[1]:
@@ -160,9 +161,9 @@ class Runner:
             for t, array in enumerate(tensors):
                 for values, heads in self._slices(group.cache.tensors[t], array, row):
                     kept = values[:, None] if group.cache.kind == "state" else values[:, tokens[0] - start : tokens[1] - start]
-                    for layers in layer_blocks(group, t):
-                        key = SegmentKey(g, t, layers, tokens, heads)
-                        yield _segment(key, group, kept[layers[0] : layers[1]])
+                    for first, stop in layer_blocks(group, t, has):
+                        key = SegmentKey(g, t, (first, stop), tokens, heads)
+                        yield _segment(key, group, kept[first - has.start : stop - has.start])
 
     def _slices(self, tensor: TensorSpec, array: jax.Array, row: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
         """One row's values [layers, (tokens,) heads, width] per head slice, without replicas and copies, and the heads that they are."""
@@ -188,7 +189,7 @@ class Runner:
         buckets += ["ingest"] if ingest else []
         for bucket in tqdm(buckets, desc=f"compiling {self.config.name}", unit="program", leave=False):
             if isinstance(bucket, Bucket):
-                jax.block_until_ready(self.prefill(plan_prefill([], bucket.rows, bucket.tokens, width)))
+                jax.block_until_ready(self.prefill(plan_prefill([], bucket.rows, bucket.tokens, width), get_args(CacheKind)))
             elif isinstance(bucket, int):
                 jax.block_until_ready(self.decode(plan_decode([], bucket, width)))
             else:

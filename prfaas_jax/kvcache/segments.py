@@ -84,11 +84,11 @@ def kept_part(cache: LayerCache, tokens: tuple[int, int], length: int) -> tuple[
     return (start, stop) if start < stop else None
 
 
-def layer_blocks(group: CacheGroup, tensor: int) -> Iterator[tuple[int, int]]:
-    """Layer ranges in which a group's tensor leaves: states by about `STATE_SEGMENT_BYTES`, everything else whole."""
-    layers = len(group.layers)
-    step = layers
+def layer_blocks(group: CacheGroup, tensor: int, layers: range | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of a group's layers (None: all) in which a tensor leaves: states by about `STATE_SEGMENT_BYTES`, everything else whole."""
+    layers = range(len(group.layers)) if layers is None else layers
+    step = len(layers)
     if group.cache.kind == "state":
-        step = max(1, min(layers, STATE_SEGMENT_BYTES // group.cache.tensors[tensor].token_bytes))
-    for first in range(0, layers, step):
-        yield first, min(layers, first + step)
+        step = max(1, min(step, STATE_SEGMENT_BYTES // group.cache.tensors[tensor].token_bytes))
+    for first in layers[::step]:
+        yield first, min(layers.stop, first + step)

@@ -3,6 +3,7 @@
 Pure Python: planner, simulator and wire read it without an accelerator stack.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -67,6 +68,10 @@ class CacheGroup:
 
     cache: LayerCache
     layers: tuple[int, ...]
+
+    def within(self, layers: range) -> range:
+        """Indices, into this group's layers, of those among consecutive absolute `layers`."""
+        return range(bisect.bisect_left(self.layers, layers.start), bisect.bisect_left(self.layers, layers.stop))
 
     def bytes(self, tokens: int) -> int:
         """Canonical bytes of this group for a request of `tokens` tokens."""

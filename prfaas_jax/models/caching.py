@@ -12,6 +12,8 @@ from prfaas_jax.sharding import Sharder
 
 # What a layer adds to the cache, in the order of its group's tensors: new tokens [B, T, heads, width], or a state [B, heads, width].
 New = tuple[jax.Array, ...]
+# The same of several layers, stacked in front, per cache group; () for a group that has none of these layers.
+Added = tuple[New, ...]
 
 
 @dataclasses.dataclass(frozen=True)

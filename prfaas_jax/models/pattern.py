@@ -5,6 +5,9 @@ import functools
 import itertools
 from collections.abc import Hashable, Sequence
 
+# More segments let states leave earlier; each costs a dispatch.
+SEGMENTS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
@@ -28,10 +31,11 @@ class Pattern:
         """Layers of all repeats."""
         return self.period * self.repeats
 
-    def body_position(self, position: int) -> range:
-        """Absolute indices of the layers that stand at `position` of the body, one per repeat."""
-        first = self.head + position
-        return range(first, first + self.body_layers, self.period)
+    @property
+    def segment_repeats(self) -> int:
+        """Repeats of the body that run as one program where layers are to leave early: equal parts, `SEGMENTS` of them if there can be."""
+        most = max(1, self.repeats // SEGMENTS)
+        return max((n for n in range(1, most + 1) if self.repeats % n == 0), default=1)
 
 
 def fold(layers: Sequence[Hashable]) -> Pattern:

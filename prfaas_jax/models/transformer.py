@@ -7,7 +7,7 @@ the `Cache` that it is given.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from prfaas_jax.kvcache.spec import cache_spec
-from prfaas_jax.models.caching import Cache, Island, New, Place, Step
+from prfaas_jax.models.caching import Added, Cache, Island, New, Place, Step
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig, Layer, LightningConfig, Rope
 from prfaas_jax.models.mixers import make_mixer
@@ -106,70 +106,87 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, carry: Any, shard: Sharder
-    ) -> tuple[Float[Array, "B T D"], Any, tuple[New, ...]]:
+    ) -> tuple[Float[Array, "B T D"], Any, Added]:
         """Runs all layers. `cache` sees each layer's queries and threads `carry` (e.g. pools that a kernel must find updated).
 
         Returns the final-norm hidden states, the carry, and per cache group its new tensors stacked over the group's layers: tokens
         [L, B, T, heads, width] or states [L, B, heads, width]. Those are what is cached and exported.
         """
+        step = self.step(positions, cache, shard)
+        x, carry, head = self.run_head(tokens, step, carry)
+        x, carry, body = self.run_body(x, step, carry, 0, self.config.pattern.repeats)
+        hidden, carry, tail = self.run_tail(x, step, carry)
+        return hidden, carry, join((head, body, tail))
+
+    # The parts of a forward pass, in order; a caller that wants layers' caches early runs the body in several parts.
+
+    def step(self, positions: Int[Array, "B T"], cache: Cache, shard: Sharder) -> Step:
+        """What the parts of one forward pass share."""
+        return Step(cache, shard, island(shard), self._rope(positions))
+
+    def run_head(self, tokens: Int[Array, "B T"], step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, Added]:
+        """Embedding and the pattern's head."""
         x = jnp.take(self.embed[...], tokens, axis=0)
         if self.config.embed_scale != 1.0:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        x = shard.constrain(x, "batch", "seq", "embed")
-        step = Step(cache, shard, island(shard), self._rope(positions))
+        return self._alone(self.head, 0, step.shard.constrain(x, "batch", "seq", "embed"), step, carry)
+
+    def run_tail(self, x: Float[Array, "B T D"], step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, Added]:
+        """The pattern's tail and the final norm."""
+        pattern = self.config.pattern
+        x, carry, new = self._alone(self.tail, pattern.head + pattern.body_layers, x, step, carry)
+        return self.final_norm(x), carry, new
+
+    def _alone(self, blocks: nnx.List, first: int, x: jax.Array, step: Step, carry: Any) -> tuple[jax.Array, Any, Added]:
         places = _Places(self.config)
         news: list[list[New]] = [[] for _ in places.groups]
+        for layer, block in enumerate(blocks, first):
+            place = places.at(layer)
+            x, carry, new = block(x, place, step, carry)
+            news[place.group].append(tuple(n[None] for n in new))
+        return x, carry, tuple(map(_concatenate, news))
 
-        def alone(blocks: nnx.List, first: int, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
-            for layer, block in enumerate(blocks, first):
-                place = places.at(layer)
-                x, carry, new = block(x, place, step, carry)
-                news[place.group].append(tuple(n[None] for n in new))
-            return x, carry
+    def run_body(
+        self, x: Float[Array, "B T D"], step: Step, carry: Any, first: Int[Array, ""] | int, repeats: int
+    ) -> tuple[Float[Array, "B T D"], Any, Added]:
+        """`repeats` repeats of the body from `first` on, which may be traced, as one scan."""
+        places = _Places(self.config)
+        if not repeats:
+            return x, carry, ((),) * len(places.groups)
+        x, carry, by_run = self._scan(x, places, step, carry, first, repeats)
+        members = places.body_groups()
+        by_group = ([by_run[r] for r in members.get(g, ())] for g in range(len(places.groups)))
+        return x, carry, tuple(tuple(map(_in_depth_order, zip(*news, strict=True))) for news in by_group)
 
-        pattern = self.config.pattern
-        x, carry = alone(self.head, 0, x, carry)
-        if pattern.repeats:
-            x, carry, by_run = self._body(x, places, step, carry)
-            for group, members in places.body_groups().items():
-                news[group].append(tuple(map(_in_depth_order, zip(*(by_run[r] for r in members), strict=True))))
-        x, carry = alone(self.tail, pattern.head + pattern.body_layers, x, carry)
-        joined = tuple(tuple(_concatenate(tensors) for tensors in zip(*parts, strict=True)) for parts in news)
-        return self.final_norm(x), carry, joined
-
-    def _body(self, x: jax.Array, places: "_Places", step: Step, carry: Any) -> tuple[jax.Array, Any, tuple[New, ...]]:
-        """All repeats of the body as one scan; returns per run its new tensors [repeats, layers of the run, ...]."""
+    def _scan(
+        self, x: jax.Array, places: "_Places", step: Step, carry: Any, first: Int[Array, ""] | int, repeats: int
+    ) -> tuple[jax.Array, Any, tuple[New, ...]]:
+        """Returns per run of the body its new tensors [repeats, layers of the run, ...]."""
         parts = [_RunParts(*nnx.split(block, UNSLICED, ...)) for block in self.body]
         runs = self.config.body_runs
 
-        def once(number: int, weights: PyTree, repeat: jax.Array, i: jax.Array | int, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
+        def once(number: int, repeat: jax.Array, i: jax.Array | int, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
+            graph, unsliced, sliced = parts[number]
             place = places.in_body(number, repeat, i)
-            block = nnx.merge(parts[number].graph, parts[number].unsliced, weights)
-            x, carry, new = block(state[0], place, step, state[1])
+            # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
+            mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place.in_run, keepdims=False), sliced)
+            x, carry, new = nnx.merge(graph, unsliced, mine)(state[0], place, step, state[1])
             return (x, carry), new
 
-        def run_layers(number: int, weights: PyTree, repeat: jax.Array, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
-            if (length := len(runs[number])) == 1:
-                state, new = once(number, weights, repeat, 0, state)
+        def run_layers(number: int, repeat: jax.Array, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
+            if len(runs[number]) == 1:
+                state, new = once(number, repeat, 0, state)
                 return state, tuple(n[None] for n in new)
+            return jax.lax.scan(lambda state, i: once(number, repeat, i, state), state, jnp.arange(len(runs[number])))
 
-            # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
-            def layer(state: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], New]:
-                mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, repeat * length + i, keepdims=False), parts[number].sliced)
-                return once(number, mine, repeat, i, state)
-
-            return jax.lax.scan(layer, state, jnp.arange(length))
-
-        def body(state: tuple[jax.Array, Any], xs: tuple[jax.Array, list[PyTree]]) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
-            repeat, weights = xs
+        def body(state: tuple[jax.Array, Any], repeat: jax.Array) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
             news = []
             for number in range(len(runs)):
-                state, new = run_layers(number, weights[number], repeat, state)
+                state, new = run_layers(number, repeat, state)
                 news.append(new)
             return state, tuple(news)
 
-        single = [part.sliced if len(run) == 1 else None for run, part in zip(runs, parts, strict=True)]
-        (x, carry), news = jax.lax.scan(body, (x, carry), (jnp.arange(self.config.pattern.repeats), single))
+        (x, carry), news = jax.lax.scan(body, (x, carry), first + jnp.arange(repeats))
         return x, carry, news
 
     def _rope(self, positions: Int[Array, "B T"]) -> dict[tuple[Rope, int], Tables]:
@@ -198,8 +215,14 @@ def _in_depth_order(runs: tuple[jax.Array, ...]) -> jax.Array:
     return joined.reshape(math.prod(joined.shape[:2]), *joined.shape[2:])
 
 
-def _concatenate(parts: tuple[jax.Array, ...]) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+def _concatenate(parts: Sequence[New]) -> New:
+    """Layers of several parts, each tensor [layers, ...]; () of no parts."""
+    return parts[0] if len(parts) == 1 else tuple(map(jnp.concatenate, zip(*parts, strict=True)))
+
+
+def join(parts: Sequence[Added]) -> Added:
+    """What consecutive parts of a forward pass added, as if they were one."""
+    return tuple(_concatenate([new for new in news if new]) for news in zip(*parts, strict=True))
 
 
 class _Places:

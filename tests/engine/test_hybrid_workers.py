@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pytest
 from engine_harness import (
@@ -18,11 +19,13 @@ from engine_harness import (
     make_runner,
     prefill,
     prefill_worker,
+    prompt,
     run_local,
     run_remote,
 )
 
-from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, Token
+from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, PrefillDone, SamplingParams, SegmentReady, Token
+from prfaas_jax.engine.plan import PrefillInput, plan_prefill
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.segments import SegmentKey
@@ -62,6 +65,32 @@ def test_nothing_compiles_after_warm_up(hybrid: Runner) -> None:
         for j in jobs:  # one by one: both workers are over one Runner
             run_remote(prefills, decodes, j)
         assert decodes.status().compiles_after_warmup == 0
+
+
+def test_states_leave_layer_by_layer_in_front_of_the_last_chunks_tokens(states: Runner) -> None:
+    sink, length = Recorder(), 2 * CHUNK + 5
+    with prefill_worker(states) as prefills:
+        prefills.submit(job("a", length), sink)
+        sink.wait(PrefillDone)
+    keys = [event.segment.key for event in sink.of(SegmentReady)]
+    is_state = [states.spec.groups[key.group].cache.kind == "state" for key in keys]
+    layers = [key.layers for key, state in zip(keys, is_state, strict=True) if state]
+    assert layers == sorted(layers) and set(layers) == {(0, 3), (3, 6)}, "three layers in each of two repeats"
+    tokens = [i for i, key in enumerate(keys) if key.tokens[1] == length and not is_state[i]]
+    assert max(i for i, state in enumerate(is_state) if state) < min(tokens)
+
+
+def test_what_a_part_exports_needs_no_other_part(states: Runner) -> None:
+    """A part that read another one's arrays would wait for layers that are still to run."""
+    plan = plan_prefill([PrefillInput(0, prompt(CHUNK), 0, CHUNK, np.arange(1, 5, dtype=np.int32), SamplingParams(), 1, 1)], 1, CHUNK, 64)
+    _, parts = states.prefill(plan, ["paged", "state"])
+    assert len(parts) == 4, "embedding, two repeats of the body, what comes after it"
+    for number in (1, 2):
+        others = [array for i, part in enumerate(parts) for array in jax.tree.leaves(part.new) if i > number]
+        for array in others:
+            array.delete()
+        assert {s.key.layers for s in states.export(parts[number], 0, 0, CHUNK, CHUNK)} == {(3 * number - 3, 3 * number)}
+        _, parts = states.prefill(plan, ["paged", "state"])
 
 
 def test_segments_are_what_stays_each_once(hybrid: Runner) -> None:

@@ -12,7 +12,7 @@ from prfaas_jax.engine import caches
 from prfaas_jax.engine.api import SamplingParams
 from prfaas_jax.engine.plan import DecodeInput, PrefillInput, plan_decode, plan_ingest, plan_prefill, plan_ring
 from prfaas_jax.engine.steps import Steps
-from prfaas_jax.kvcache.pools import PoolGeometry, create_pools, pool_shapes, pool_shardings
+from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools, pool_shapes, pool_shardings
 from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.models.params import init_random
 from prfaas_jax.ops.paged_attention import reference
@@ -34,7 +34,10 @@ def make_steps(pages: int, mesh: str = "data:1,model:1", model: str = DENSE) -> 
 
 
 def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
-    """(temporary bytes, aliased bytes, bytes of the pools that the program is given), per device."""
+    """(temporary bytes, aliased bytes, bytes of the pools that the program is given), per device.
+
+    "prefill" is what the engine runs: of a model with states, several programs, of which one writes the pools.
+    """
     shard, width = steps.sharders["decode"], steps.geometry.width
     data = shard.size("pages")
     pools = pool_shapes(steps.spec, steps.geometry, shard)
@@ -47,14 +50,29 @@ def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
         block = jax.ShapeDtypeStruct((layers, tokens, tensor.heads, tensor.width), jnp.dtype(tensor.dtype))
         paged = plan_ingest(np.ones(4, np.int32), PAGE, (0, 64), 64, 0, data)
         plan = paged if group.cache.kind == "paged" else plan_ring(1, 1, (0, 1), 1, 0, data)
-        lowered = steps.ingest(0, 0).lower(pools[0][0], block, plan, np.int32(0))
+        lowered = [steps.ingest(0, 0).lower(pools[0][0], block, plan, np.int32(0))]
         nbytes = nbytes[:1]
     elif program == "prefill":
-        lowered = steps.prefill.lower(steps.abstract_params, pools, plan_prefill([], 2, 64, width))
+        lowered = lower_prefill(steps, pools)
     else:
-        lowered = steps.decode.lower(steps.abstract_params, pools, plan_decode([], 8, width))
-    memory = lowered.compile().memory_analysis()
-    return memory.temp_size_in_bytes, memory.alias_size_in_bytes, int(sum(nbytes))
+        lowered = [steps.decode.lower(steps.abstract_params, pools, plan_decode([], 8, width))]
+    memory = [program.compile().memory_analysis() for program in lowered]
+    return max(m.temp_size_in_bytes for m in memory), max(m.alias_size_in_bytes for m in memory), int(sum(nbytes))
+
+
+def lower_prefill(steps: Steps, pools: Pools) -> list[jax.stages.Lowered]:
+    given = steps.abstract_params, pools, plan_prefill([], 2, 64, steps.geometry.width)
+    if not steps.staged:
+        return [steps.prefill.lower(*given)]
+    pattern = steps.config.pattern
+    x, head = steps.prefill_head.eval_shape(*given)
+    _, segment = steps.prefill_segment.eval_shape(*given, x, np.int32(0))
+    added = (head, *(segment,) * (pattern.repeats // pattern.segment_repeats))
+    return [
+        steps.prefill_head.lower(*given),
+        steps.prefill_segment.lower(*given, x, np.int32(0)),
+        steps.prefill_tail.lower(*given, x, added),
+    ]
 
 
 def assert_no_copy(program: str, mesh: str = "data:1,model:1", model: str = DENSE) -> None:

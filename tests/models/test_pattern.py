@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prfaas_jax.models.pattern import Pattern, fold, runs
+from prfaas_jax.models.pattern import SEGMENTS, Pattern, fold, runs
 
 
 def cost(pattern: Pattern) -> int:
@@ -40,7 +40,7 @@ def test_a_pattern_covers_every_layer_once_and_its_repeats_are_equal(head, body,
     layers = head + body * repeats + tail
     pattern = fold(layers)
     assert pattern.num_layers == len(layers)
-    positions = [pattern.body_position(i) for i in range(pattern.period)]
+    positions = [range(pattern.head + i, pattern.head + pattern.body_layers, max(1, pattern.period)) for i in range(pattern.period)]
     last = range(pattern.head + pattern.body_layers, len(layers))
     assert sorted(itertools.chain(range(pattern.head), *positions, last)) == list(range(len(layers)))
     for position in positions:
@@ -48,6 +48,9 @@ def test_a_pattern_covers_every_layer_once_and_its_repeats_are_equal(head, body,
         assert len({layers[i] for i in position}) == 1
     if repeats > 1:
         assert cost(pattern) <= len(head) + len(body) + len(tail)
+    if pattern.repeats:
+        assert pattern.repeats % pattern.segment_repeats == 0
+        assert pattern.repeats // pattern.segment_repeats >= min(SEGMENTS, pattern.repeats)
 
 
 @pytest.mark.parametrize(
