@@ -70,6 +70,8 @@ def status_to_proto(status: EngineStatus) -> common_pb2.EngineStatus:
         local_prefills=status.local_prefills,
         tokens_prefilled=status.tokens_prefilled,
         tokens_decoded=status.tokens_decoded,
+        state_slots_free=status.state_slots_free,
+        state_slots_total=status.state_slots_total,
     )
 
 

@@ -195,8 +195,13 @@ def idle(prefill_address: str | None, decode_address: str) -> bool:
     """Nothing of any request is left on either side."""
     decode = generation_status(decode_address)
     engine = decode.engine
-    clean = (decode.streams, engine.running, engine.waiting) == (0, 0, 0) and engine.pages_free == engine.pages_total
+    clean = (decode.streams, engine.running, engine.waiting) == (0, 0, 0) and _all_free(engine)
     if prefill_address is None:
         return clean
     prefill = prefill_status(prefill_address)
+    clean = clean and _all_free(prefill.engine)
     return clean and (prefill.tickets, prefill.staged_bytes, prefill.streams, prefill.engine.running) == (0, 0, 0, 0)
+
+
+def _all_free(engine: common_pb2.EngineStatus) -> bool:
+    return engine.pages_free == engine.pages_total and engine.state_slots_free == engine.state_slots_total

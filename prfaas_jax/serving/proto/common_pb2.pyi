@@ -31,7 +31,7 @@ class Token(_message.Message):
     def __init__(self, id: _Optional[int] = ..., logprob: _Optional[float] = ..., logits: _Optional[bytes] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("running", "waiting", "pages_free", "pages_total", "compiles_after_warmup", "local_prefills", "tokens_prefilled", "tokens_decoded")
+    __slots__ = ("running", "waiting", "pages_free", "pages_total", "compiles_after_warmup", "local_prefills", "tokens_prefilled", "tokens_decoded", "state_slots_free", "state_slots_total")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class EngineStatus(_message.Message):
     LOCAL_PREFILLS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PREFILLED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_DECODED_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOTS_FREE_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_free: int
@@ -48,7 +50,9 @@ class EngineStatus(_message.Message):
     local_prefills: int
     tokens_prefilled: int
     tokens_decoded: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., local_prefills: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_decoded: _Optional[int] = ...) -> None: ...
+    state_slots_free: int
+    state_slots_total: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_free: _Optional[int] = ..., pages_total: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., local_prefills: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_decoded: _Optional[int] = ..., state_slots_free: _Optional[int] = ..., state_slots_total: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
