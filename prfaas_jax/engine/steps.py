@@ -208,7 +208,7 @@ class Steps:
         pattern = self.config.pattern
         new = self._new_shardings(range(pattern.head + pattern.body_layers, pattern.num_layers), all_tokens=True)
         out = self.pool_formats, self._drawn(self.sharders["prefill"]), new
-        return self._jit(prefill_tail, self._prefill_plan, out, donate=(1, 3), more=(None, None))
+        return self._jit(prefill_tail, self._prefill_plan, out, more=(None, None))
 
     @property
     def _prefill_plan(self) -> PrefillPlan:

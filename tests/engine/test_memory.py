@@ -46,10 +46,11 @@ def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
     if program == "ingest":
         group = steps.spec.groups[0]
         tensor = group.cache.tensors[0]
-        layers, tokens = (1, 1) if group.cache.kind == "state" else (len(group.layers), 64)
+        window = group.cache.window or 1
+        layers, tokens = {"paged": (len(group.layers), 64), "window": (len(group.layers), window), "state": (1, 1)}[group.cache.kind]
         block = jax.ShapeDtypeStruct((layers, tokens, tensor.heads, tensor.width), jnp.dtype(tensor.dtype))
         paged = plan_ingest(np.ones(4, np.int32), PAGE, (0, 64), 64, 0, data)
-        plan = paged if group.cache.kind == "paged" else plan_ring(1, 1, (0, 1), 1, 0, data)
+        plan = paged if group.cache.kind == "paged" else plan_ring(1, window, (0, tokens), tokens, 0, data)
         lowered = [steps.ingest(0, 0).lower(pools[0][0], block, plan, np.int32(0))]
         nbytes = nbytes[:1]
     elif program == "prefill":
