@@ -2,7 +2,7 @@
 
     make compile-check        (python -m experiments.compile_check)
 
-A table of PASS and FAIL, 4 to 6 minutes on two cores; all of it compiled, not run. A target whose compiler is not installed is
+A table of PASS and FAIL, 5 to 6 minutes on two cores; all of it compiled, not run. A target whose compiler is not installed is
 skipped, with the reason; the exit code is 1 when a check fails or when no target could be checked.
 
 What is expected of the collectives, per layer, whatever its mixer, and whether its feed-forward part is dense or a mixture of experts:
