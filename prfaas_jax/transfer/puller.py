@@ -1,6 +1,5 @@
 """The receiving end of a request's lanes: pull, verify, stage, hand on, and prove that nothing is missing."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -136,7 +135,6 @@ class Puller:
             self._changed.notify_all()
             channels = list(self._channels)
         for channel in channels:
-            # Not `call.cancel()`: a single-threaded stream cancelled from another thread never gives its connection back.
             channel.close()
         deadline = time.monotonic() + _JOIN_S
         for reader in readers:
@@ -166,10 +164,6 @@ class Puller:
             self._fail(failure)
         finally:
             channel.close()
-            # The stream's status must be read out, or its connection is never given back.
-            with contextlib.suppress(grpc.RpcError):
-                for _ in call:
-                    continue
 
     def _take(self, sequence: int, message: bytes) -> None:
         header, payload = wire.decode(message)

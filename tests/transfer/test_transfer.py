@@ -1,6 +1,8 @@
 """LaneServer and Puller end to end over loopback; tests of known bug classes carry the class in their name."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -248,6 +250,29 @@ def test_leaks_no_thread_connection_or_stream_is_left_however_a_transfer_ends(se
     for _ in range(5):
         once()
     # Five times two lanes would leave twenty sockets; the server's end of the last ones may close a little later.
+    wait_until(lambda: me.num_fds() <= before)
+
+
+def test_leaks_refusals_on_a_busy_machine_leave_no_connection(sender):
+    """Class F. The status of a refused stream may overtake the event that says its request was sent; both must be read."""
+    me, cache = psutil.Process(), Cache(SPEC, 8)
+
+    def refused():
+        ticket = sender.send(cache, [], finish=False)
+        sender.outbox.release(ticket.id, ticket.epoch)
+        with pytest.raises(TransferError, match="unknown"):
+            pull(ticket, SPEC, 8, [sender.lane.address] * 2, Sink(SPEC, 8)).finish(SPEC.bytes(8))
+
+    refused()
+    before = me.num_fds()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        for _ in range(80):
+            refused()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait(5)
     wait_until(lambda: me.num_fds() <= before)
 
 
