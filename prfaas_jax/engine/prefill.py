@@ -193,18 +193,23 @@ class PrefillWorker(EngineThread):
     def _deliver(self, step: DispatchedStep) -> None:
         """Hands out what stays of a step's new cache, part by part, while later parts and the next step compute."""
         rows = [(prompt, row) for prompt, row in step.rows if self._active.get(prompt.job.ticket) is prompt]  # others: cancelled meanwhile
-        for part in step.parts:
+        *early, last = step.parts
+        for part in early:
             for prompt, row in rows:
-                for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
-                    prompt.sink(SegmentReady(segment))
+                self._hand_out(part, prompt, row)
         for prompt, row in rows:
             ticket = prompt.job.ticket
+            self._hand_out(last, prompt, row)
             self._prefilled += row.valid
             prompt.sink(PrefillProgress(row.start + row.valid))
             if row.start + row.valid == len(prompt.job.prompt):
                 first = read_token(step.drawn, row.row, prompt.job.sampling.return_logits)
                 self._forget(ticket)
                 prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, time.monotonic() - prompt.started))
+
+    def _hand_out(self, part: Part, prompt: Prompt, row: PrefillInput) -> None:
+        for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
+            prompt.sink(SegmentReady(segment))
 
     def _fail_all(self, error: EngineFailed) -> None:
         outstanding = [*self._waiting.values(), *self._active.values()]

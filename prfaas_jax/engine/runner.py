@@ -161,9 +161,9 @@ class Runner:
             for t, array in enumerate(tensors):
                 for values, heads in self._slices(group.cache.tensors[t], array, row):
                     kept = values[:, None] if group.cache.kind == "state" else values[:, tokens[0] - start : tokens[1] - start]
-                    for first, stop in layer_blocks(group, t, has):
-                        key = SegmentKey(g, t, (first, stop), tokens, heads)
-                        yield _segment(key, group, kept[first - has.start : stop - has.start])
+                    for layers in layer_blocks(group, t, has):
+                        key = SegmentKey(g, t, layers, tokens, heads)
+                        yield _segment(key, group, kept[layers[0] - has.start : layers[1] - has.start])
 
     def _slices(self, tensor: TensorSpec, array: jax.Array, row: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
         """One row's values [layers, (tokens,) heads, width] per head slice, without replicas and copies, and the heads that they are."""
