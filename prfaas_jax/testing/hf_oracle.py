@@ -142,6 +142,7 @@ class HfOracle:
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([stdout], [], [], left)[0]:
+                self._process.kill()
                 raise EngineFailed(f"the oracle did not answer {request['op']} within {self._timeout_s} s")
             data = os.read(stdout.fileno(), 1 << 16)
             if not data:
