@@ -9,9 +9,12 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tiny models take longer to compile than to run. `experiments.check_equivalence` compiles as users do; .ci/run calls it too.
-# XLA ends the process at a flag that it does not have, and newer ones may lose this one.
-NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {NO_EMITTERS} {os.environ.get('XLA_FLAGS', '')}".strip()
+# XLA ends the process at a flag that it does not have, and newer ones may lose the second.
+os.environ["XLA_FLAGS"] = " ".join((
+    "--xla_backend_optimization_level=1",
+    *(("--xla_cpu_use_fusion_emitters=false",) if importlib.metadata.version("jaxlib").startswith("0.10.") else ()),
+    os.environ.get("XLA_FLAGS", ""),
+))  # fmt: skip
 
 from hypothesis import settings
 
