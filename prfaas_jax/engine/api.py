@@ -141,7 +141,7 @@ Sink = Callable[[Event], None]
 
 @dataclasses.dataclass(frozen=True)
 class EngineStatus:
-    """A consistent snapshot, for health, routing and leak tests; state slots are 0 for a model that keeps no windows or states."""
+    """For health, routing and leak tests; state slots are 0 for a model that keeps no windows or states."""
 
     running: int
     waiting: int

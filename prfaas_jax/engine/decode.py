@@ -6,6 +6,7 @@ A request lives in one of these phases, and in no batch before it is running:
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -33,7 +34,7 @@ from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, 
 from prfaas_jax.engine.received import Received
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
+from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.kvcache.pages import Reservation, SlotAllocator
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.scheduling.batching import decode_bucket
@@ -79,7 +80,7 @@ class DecodeWorker(EngineThread):
         self._pending_prefill: DispatchedStep | None = None
         self._running: dict[str, Request] = {}
         self._received = Received(runner)
-        self._lock = threading.Lock()  # guards what reserve and status read from other threads
+        self._lock = threading.Lock()  # guards what reserve changes from other threads
         self._queued = 0
         self._arrivals = 0
         self._steps = 0
@@ -120,11 +121,12 @@ class DecodeWorker(EngineThread):
 
     def abort(self, ticket: str, reason: str = "cancelled") -> None:
         """See DecodeEngine.abort."""
-        if not self._closing.is_set():
+        with contextlib.suppress(EngineFailed):  # closed: every job has failed
             self._post(functools.partial(self._end, ticket, Finished(reason)))
 
     def status(self) -> EngineStatus:
         """See DecodeEngine.status."""
+        self._check_alive()
         return EngineStatus(
             running=len(self._running),
             waiting=self._queued,
@@ -316,14 +318,15 @@ class DecodeWorker(EngineThread):
 
     def _fail_all(self, error: PrfaasError) -> None:
         outstanding = list(self._requests.values())
+        with self._lock:
+            self._queued -= len(self._waiting)  # others are still in the inbox
         for container in (self._requests, self._waiting, self._ready, self._prompts, self._running):
             container.clear()
         self._pending_prefill = None
         self._new_allocators()
-        with self._lock:
-            self._queued = 0
-        self._received.clear()
-        if not self._closing.is_set():
-            self._runner.reset_pools()
         for request in outstanding:
             request.sink(Failed(error))
+        self._received.clear()
+
+    def _reset(self) -> None:
+        self._runner.reset_pools()

@@ -1,5 +1,6 @@
 """The prefill engine: chunks of several prompts share a step; each chunk's KV leaves while the next one computes."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -105,7 +106,7 @@ class PrefillWorker(EngineThread):
         self._waiting: dict[str, Prompt] = {}
         self._active: dict[str, Prompt] = {}
         self._pending: DispatchedStep | None = None
-        self._lock = threading.Lock()  # guards what submit and status read from other threads
+        self._lock = threading.Lock()  # guards what submit changes from other threads
         self._queued = 0
         self._arrivals = 0
         self._steps = 0
@@ -126,11 +127,12 @@ class PrefillWorker(EngineThread):
 
     def cancel(self, ticket: str) -> None:
         """See PrefillEngine.cancel."""
-        if not self._closing.is_set():
+        with contextlib.suppress(EngineFailed):  # closed: every job has failed
             self._post(functools.partial(self._cancel, ticket))
 
     def status(self) -> EngineStatus:
         """See PrefillEngine.status."""
+        self._check_alive()
         return EngineStatus(
             running=len(self._active),
             waiting=self._queued,
@@ -213,13 +215,14 @@ class PrefillWorker(EngineThread):
 
     def _fail_all(self, error: EngineFailed) -> None:
         outstanding = [*self._waiting.values(), *self._active.values()]
+        with self._lock:
+            self._queued -= len(self._waiting)  # others are still in the inbox
         self._waiting.clear()
         self._active.clear()
         self._pending = None
         self._pages = new_pages(self._runner)
-        with self._lock:
-            self._queued = 0
-        if not self._closing.is_set():
-            self._runner.reset_pools()
         for prompt in outstanding:
             prompt.sink(Failed(error))
+
+    def _reset(self) -> None:
+        self._runner.reset_pools()

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -123,15 +124,16 @@ class Received:
     def release(self, wait: bool) -> None:
         """Gives blocks back whose scatters are done; `wait` for all of them."""
         while self._fences and (wait or self._fences[0][0].is_ready()):
-            fence, done = self._fences.popleft()
-            np.asarray(fence)
+            fence, done = self._fences[0]
+            jax.block_until_ready(fence)  # on every device: each may read the block itself
+            self._fences.popleft()  # not earlier: a scatter that failed must still release its block
             done()
 
     def clear(self) -> None:
         """Forgets everything after a failed step, and gives every block back once no scatter reads it."""
         for fence, _ in self._fences:
             try:
-                np.asarray(fence)
+                jax.block_until_ready(fence)
             except Exception as error:  # whatever XLA raises: the requests fail anyway, and a scatter that failed reads nothing
                 logging.warning("a scatter of received KV failed: %s", error)
         releases = [piece.done for piece in self._pieces if piece.done] + [done for _, done in self._fences]

@@ -13,12 +13,13 @@ _CLOSE_DEADLINE_S = 60.0
 
 
 class EngineThread(abc.ABC):
-    """Runs posted commands between steps. Subclasses give `_step`, `_fail_all` and call `_post`."""
+    """Runs posted commands between steps. Subclasses give `_step`, `_fail_all`, `_reset` and call `_post`."""
 
     def __init__(self, name: str):
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._posting = threading.Lock()  # a command is either in the inbox before the last drain, or refused
+        self._lost: EngineFailed | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -35,9 +36,15 @@ class EngineThread(abc.ABC):
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._posting:
+            self._check_alive()
             if self._closing.is_set():
                 raise EngineFailed("the engine is closed")
             self._inbox.put(command)
+
+    def _check_alive(self) -> None:
+        """Raises EngineFailed when a failure has ended the engine for good."""
+        if self._lost is not None:
+            raise self._lost
 
     def _run(self) -> None:
         busy = False
@@ -48,9 +55,23 @@ class EngineThread(abc.ABC):
             except Exception as error:  # a step may raise anything (XLA errors, OOM): the requests fail, the engine lives
                 logging.exception("engine step failed")
                 busy = False
-                self._fail_all(EngineFailed(f"engine step failed: {type(error).__name__}: {error}"))
-        self._drain(wait=False)
-        self._fail_all(EngineFailed("the engine was closed"))
+                self._recover(EngineFailed(f"engine step failed: {type(error).__name__}: {error}"))
+        while not self._inbox.empty():
+            try:
+                self._drain(wait=False)
+            except Exception:
+                logging.exception("a command failed while the engine was closing")
+        self._fail_all(self._lost or EngineFailed("the engine was closed"))
+
+    def _recover(self, error: EngineFailed) -> None:
+        try:
+            self._fail_all(error)
+            self._reset()
+        except Exception as fatal:  # no memory for new pools, a lost device: from now on every job is refused
+            logging.exception("the engine cannot go on")
+            with self._posting:
+                self._lost = EngineFailed(f"the engine cannot go on: {type(fatal).__name__}: {fatal}")
+                self._closing.set()
 
     def _drain(self, wait: bool) -> None:
         while True:
@@ -67,4 +88,8 @@ class EngineThread(abc.ABC):
 
     @abc.abstractmethod
     def _fail_all(self, error: EngineFailed) -> None:
-        """Fails every outstanding job and makes the engine usable again."""
+        """Fails every outstanding job and gives back what it held."""
+
+    @abc.abstractmethod
+    def _reset(self) -> None:
+        """Makes the engine usable again after a failed step."""

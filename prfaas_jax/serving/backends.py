@@ -104,7 +104,7 @@ class Backends:
         ]
 
     async def _ask_all(self) -> None:
-        await asyncio.gather(*(backend.ask(timeout_s=2 * self._period_s) for backend in self._all.values()))
+        await asyncio.gather(*(backend.ask(timeout_s=max(1.0, 2 * self._period_s)) for backend in self._all.values()))
 
     async def _poll(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import time
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from prfaas_jax.serving.usage import InvalidRun
 from prfaas_jax.transfer.channel import FRONT_SERVER_OPTIONS
 
 SERVICE = "prfaas.v1.Generation"
+_ABORT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         if self._streams >= self._front.max_requests:
             why = f"{self._streams} requests are being served (max_requests={self._front.max_requests})"
             await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
-        remaining = min(context.time_remaining() or self._front.max_request_s, self._front.max_request_s)
+        asked = context.time_remaining()
+        remaining = self._front.max_request_s if asked is None else min(asked, self._front.max_request_s)
         deadline = arrived + remaining - min(self._front.deadline_margin_s, 0.1 * remaining)
         progress = Progress()
         self._streams += 1
@@ -87,8 +90,14 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
             async with asyncio.timeout_at(deadline):
                 usage = await self._generate(request, context.write, arrived, deadline, progress)
             # Counted first: whoever has read the usage finds it counted.
-            self._served[self._label(usage)] += 1
-            await context.write(generation_pb2.GenerateEvent(usage=usage))
+            counted = collections.Counter((self._label(usage),))
+            self._served += counted
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await context.write(generation_pb2.GenerateEvent(usage=usage))
+            except BaseException:
+                self._served -= counted
+                raise
         except TimeoutError:
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed during {progress.phase}")
         except PrfaasError as error:
@@ -123,8 +132,11 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
 
     async def _refuse(self, context: Any, code: grpc.StatusCode, why: str) -> NoReturn:
         self._failed[code.name] += 1
-        await context.abort(code, why)
-        raise AssertionError("abort always raises")
+        # An abort waits behind tokens that the client does not read; cut short, it is still sent when the client reads on.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABORT_S):
+                await context.abort(code, why)
+        raise grpc.aio.AbortError(why)
 
 
 def status_of(error: PrfaasError) -> grpc.StatusCode:

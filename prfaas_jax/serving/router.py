@@ -27,7 +27,7 @@ class RouterOptions(FrontOptions):
         insecure: allow an address that others than this machine can reach; there is no TLS yet.
         decode: addresses of decode servers, comma separated; at least one.
         prefill: addresses of prefill servers, comma separated; may be empty.
-        poll_s: how often each server is asked for its status; one that does not answer within twice that is unhealthy.
+        poll_s: how often each server is asked for its status; one that does not answer within twice that, or a second, is unhealthy.
     """
 
     decode: str = ""
@@ -53,9 +53,13 @@ class Router(GenerationFront):
         self._backends = Backends(_addresses(options.prefill), _addresses(options.decode), options.poll_s)
 
     async def start(self) -> None:
-        """Binds, asks every server once and serves; raises InvalidInput naming an address that cannot be bound."""
-        await super().start()
+        """Asks every server once, binds and serves; raises InvalidInput naming an address that cannot be bound."""
         await self._backends.start()
+        try:
+            await super().start()
+        except BaseException:
+            await self._backends.stop()
+            raise
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
@@ -110,13 +114,16 @@ class Router(GenerationFront):
         call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._margin_s))
         for backend in used:
             backend.forwarded += 1
+        usage: generation_pb2.Usage | None = None
         try:
-            async for event in call:
+            async for event in call:  # to its end: cancelled behind the usage, it would count as failed there
                 if event.WhichOneof("event") == "usage":
-                    usage: generation_pb2.Usage = event.usage
-                    return usage
-                await write(event)
-            raise InvalidRun(f"decode server {placement.decode} ended the stream without usage")
+                    usage = event.usage
+                else:
+                    await write(event)
+            if usage is None:
+                raise InvalidRun(f"decode server {placement.decode} ended the stream without usage")
+            return usage
         finally:
             call.cancel()
             for backend in used:

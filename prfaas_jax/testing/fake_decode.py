@@ -1,6 +1,7 @@
 """A DecodeEngine without a model: the other half of the profiled prefill engine, whose every byte it checks."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 
 from prfaas_jax.engine import api
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferError
+from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.testing.profiled import first_token, profiled_block
@@ -96,11 +97,12 @@ class FakeDecodeEngine(EngineThread):
 
     def abort(self, ticket: str, reason: str = "cancelled") -> None:
         """See DecodeEngine.abort."""
-        if not self._closing.is_set():
+        with contextlib.suppress(EngineFailed):  # closed: every job has failed
             self._post(functools.partial(self._end, ticket, api.Finished(reason)))
 
     def status(self) -> api.EngineStatus:
         """See DecodeEngine.status."""
+        self._check_alive()
         running = sum(r.phase == "running" for r in list(self._requests.values()))
         counts = (self._local_prefills, self._prefilled, self._decoded)
         return api.EngineStatus(running, self._queued, self._pages_free, self._options.pages, 0, *counts)
@@ -210,10 +212,13 @@ class FakeDecodeEngine(EngineThread):
 
     def _fail_all(self, error: PrfaasError) -> None:
         outstanding = list(self._requests.values())
+        with self._lock:
+            self._queued -= len(self._waiting)  # others are still in the inbox
         self._requests.clear()
         self._waiting.clear()
         self._pages_free = self._options.pages
-        with self._lock:
-            self._queued = 0
         for request in outstanding:
             request.sink(api.Failed(error))
+
+    def _reset(self) -> None:
+        """Nothing here outlives a step."""

@@ -35,7 +35,7 @@ PHASES = {
     "queue": ({}, {"pages": 20, "step_s": 0.05}, True, lambda p, d: d.waiting == 1),
     "prefill": ({"tokens_per_s": 1.0}, {}, True, lambda p, d: p.running == 1),
     "transfer": (STALLS_AFTER_ONE_CHUNK, {}, True, lambda p, d: p.tokens_prefilled == 64),
-    "local prefill": ({}, {"prefill_s_per_token": 0.002}, False, lambda p, d: d.tokens_prefilled > 0),
+    "local prefill": ({}, {"prefill_s_per_token": 0.01}, False, lambda p, d: d.tokens_prefilled > 0),
     "decode": ({}, {"step_s": 0.02}, True, lambda p, d: d.tokens_decoded > 2),
 }
 
@@ -105,13 +105,16 @@ def test_cancel_leaves_nothing_behind(phase):
 )
 def test_a_deadline_names_its_phase_and_leaves_nothing_behind(phase, named):
     prefill_options, decode_options, _, _ = PHASES[phase]
-    with prefill_server(prefill_engine(**prefill_options)) as prefill, decode_server(decode_engine(**decode_options)) as decode:
+    with (
+        prefill_server(prefill_engine(**prefill_options)) as prefill,
+        decode_server(decode_engine(**decode_options), deadline_margin_s=0.25) as decode,
+    ):
         scene = Scene(phase, prefill, decode)
         scene.message.allow_fallback = True  # a deadline is no reason to begin again
         begun = time.monotonic()
-        error = error_of(decode.address, scene.message, timeout=0.6)
+        error = error_of(decode.address, scene.message, timeout=2.5)
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - begun < 1.2
+        assert time.monotonic() - begun < 5
         assert named in error.details()
         eventually(lambda: idle(prefill.address, decode.address), 3)
         assert generation_status(decode.address).fallbacks == 0

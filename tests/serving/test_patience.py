@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
-from serving_fixtures import decode_engine, decode_server, generation_status
+import grpc
+import pytest
+from serving_fixtures import channel, decode_engine, decode_server, eventually, generation_status, idle, request
+
+from prfaas_jax.serving.proto import generation_pb2_grpc
 
 # Reads the first token, then its process is stopped for longer than servers wait for each other, then reads the rest.
 CLIENT = """
@@ -23,15 +27,28 @@ with grpc.insecure_channel(sys.argv[1], options=FRONT_CHANNEL_OPTIONS) as channe
 """
 
 
-def test_a_client_that_stalls_for_three_seconds_gets_every_token():
+def test_a_client_that_stalls_for_longer_than_servers_wait_gets_every_token():
     with decode_server(decode_engine(step_s=0.02)) as decode:
         client = subprocess.Popen([sys.executable, "-c", CLIENT, decode.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             assert client.stdout.readline() == "reading\n"
             os.kill(client.pid, signal.SIGSTOP)
-            time.sleep(3.0)
+            time.sleep(7.0)
             os.kill(client.pid, signal.SIGCONT)
             assert client.communicate("\n", timeout=60)[0] == "200\n"
         finally:
             client.kill()
         assert dict(generation_status(decode.address).failed) == {}
+
+
+def test_a_client_that_never_reads_leaves_at_the_deadline():
+    """Even the error that says so waits behind tokens that nobody reads; the request's slot must not."""
+    with decode_server(max_request_s=1.0) as decode, channel(decode.address) as open_channel:
+        call = generation_pb2_grpc.GenerationStub(open_channel).Generate(request([1, 2, 3], 4000, want_logits=True))
+        eventually(lambda: generation_status(decode.address).streams == 1)
+        eventually(lambda: idle(None, decode.address) and generation_status(decode.address).streams == 0, 6)
+        assert dict(generation_status(decode.address).failed) == {"DEADLINE_EXCEEDED": 1}
+        with pytest.raises(grpc.RpcError) as raised:
+            for _ in call:
+                continue
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

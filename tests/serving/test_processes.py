@@ -96,7 +96,7 @@ def test_a_killed_prefill_server_is_a_counted_fallback_at_once(processes, allow_
         killed = time.monotonic()
         prefill.signal_group(signal.SIGKILL)
         call.join()
-        assert time.monotonic() - killed < 2.0
+        assert time.monotonic() - killed < 5
         if allow_fallback:
             usage = call.answer.usage
             assert call.answer.tokens == greedy(PROMPT, 4)
@@ -119,7 +119,7 @@ def test_a_frozen_prefill_server_is_a_fallback_and_forgets_when_it_thaws(process
         frozen = time.monotonic()
         prefill.signal_group(signal.SIGSTOP)
         call.join()
-        assert 0.5 < time.monotonic() - frozen < 2.5
+        assert 0.5 < time.monotonic() - frozen < 6
         assert call.answer.tokens == greedy(PROMPT, 4)
         usage = call.answer.usage
         assert (usage.placement, usage.fallbacks) == ("local", 1) and "no progress for 1.0 s" in usage.fallback_reason
@@ -167,14 +167,14 @@ def test_a_killed_decode_server_frees_the_prefill_server(processes):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(processes, role):
-    prefill = server(processes, "prefill", tokens_per_s=300.0)
+    prefill = server(processes, "prefill", tokens_per_s=100.0)
     decode = server(processes, "decode", step_s=0.01)
     stopped, message = {"prefill": prefill, "decode": decode}[role], request(PROMPT, 20, prefill.ready["address"])
     assert health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.SERVING
     call = Background(decode.ready["address"], message)
     eventually(lambda: prefill_status(prefill.ready["address"]).engine.running == 1)
     stopped.signal_group(signal.SIGTERM)
-    eventually(lambda: health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.NOT_SERVING, 0.5)
+    eventually(lambda: health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.NOT_SERVING, 2)
     late = error_of(decode.ready["address"], message)
     assert late.code() is grpc.StatusCode.UNAVAILABLE and "shutting down" in late.details()
     assert call.join().answer.tokens == greedy(PROMPT, 20)
@@ -261,9 +261,9 @@ def test_launch_failures_show_the_log(tmp_path):
         spawn("dies", dies, tmp_path / "dies.log", env(), ready_s=20)
     silent = [sys.executable, "-c", "import time; print('starting', flush=True); time.sleep(60)"]
     begun = time.monotonic()
-    with pytest.raises(LaunchFailed, match=r"not ready after 1\.0 s(?s:.*)starting"):
-        spawn("silent", silent, tmp_path / "silent.log", env(), ready_s=1.0)
-    assert time.monotonic() - begun < 4
+    with pytest.raises(LaunchFailed, match=r"not ready after 3\.0 s(?s:.*)starting"):
+        spawn("silent", silent, tmp_path / "silent.log", env(), ready_s=3.0)
+    assert time.monotonic() - begun < 8
     assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(60)" in " ".join(p.cmdline())]
 
 

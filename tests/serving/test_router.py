@@ -1,5 +1,6 @@
 """The router: placements, health, and holding the decode server to its account."""
 
+import asyncio
 import threading
 
 import grpc
@@ -120,8 +121,8 @@ def test_fallbacks_are_counted_at_both_ends():
 
 def test_two_decode_servers_share_the_load():
     with (
-        decode_server(decode_engine(step_s=0.01)) as one,
-        decode_server(decode_engine(step_s=0.01)) as two,
+        decode_server(decode_engine(step_s=0.05)) as one,
+        decode_server(decode_engine(step_s=0.05)) as two,
         router(AlwaysLocal(), f"{one.address}, {two.address}") as front,
     ):
         used = []
@@ -149,3 +150,30 @@ def test_malformed_options_are_named(options, named):
         RouterOptions(**options)
         with router(AlwaysLocal(), **options):
             pass
+
+
+def test_a_request_served_is_not_counted_as_failed_too(monkeypatch):
+    """The router left at the usage, in front of the status, and its cancellation found the decode server still writing."""
+    serve = DecodeServer.Generate
+
+    class SlowToWrite:
+        def __init__(self, context):
+            self._context = context
+
+        def __getattr__(self, name):
+            return getattr(self._context, name)
+
+        async def write(self, event):
+            await self._context.write(event)
+            await asyncio.sleep(0.05)
+
+    async def serve_slowly(self, message, context):
+        await serve(self, message, SlowToWrite(context))
+
+    monkeypatch.setattr(DecodeServer, "Generate", serve_slowly)
+    with decode_server() as decode, router(AlwaysLocal(), decode.address) as front:
+        generate(front.address, request([1, 2, 3], 2))
+        for address in (front.address, decode.address):
+            eventually(lambda address=address: generation_status(address).streams == 0)
+            status = generation_status(address)
+            assert (sum(status.served.values()), dict(status.failed)) == (1, {})
