@@ -277,7 +277,7 @@ def test_commit_waits_for_every_block(runner: Runner, sender: Runner, monkeypatc
     monkeypatch.setattr(runner, "ingest", lambda *args: (scatters.append(args), ingest(*args))[1])
     with decode_worker(runner, ingest_bytes_per_step=1) as worker:
         (expected,) = run_local(worker, j)
-        other = admit(worker, job("other", 20, new=60))
+        other = admit(worker, job("other", 20, new=300))
         worker.prefill_local("other")
         other.wait(Committed)
         at_commit: list[tuple[int, int]] = []
