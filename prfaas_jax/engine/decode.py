@@ -6,7 +6,6 @@ A request lives in one of these phases, and in no batch before it is running:
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import threading
@@ -34,7 +33,7 @@ from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, 
 from prfaas_jax.engine.received import Received
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput, PrfaasError
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.kvcache.pages import Reservation, SlotAllocator
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.scheduling.batching import decode_bucket
@@ -121,8 +120,7 @@ class DecodeWorker(EngineThread):
 
     def abort(self, ticket: str, reason: str = "cancelled") -> None:
         """See DecodeEngine.abort."""
-        with contextlib.suppress(EngineFailed):  # closed: every job has failed
-            self._post(functools.partial(self._end, ticket, Finished(reason)))
+        self._post_unless_closed(functools.partial(self._end, ticket, Finished(reason)))
 
     def status(self) -> EngineStatus:
         """See DecodeEngine.status."""

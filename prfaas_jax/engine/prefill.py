@@ -1,6 +1,5 @@
 """The prefill engine: chunks of several prompts share a step; each chunk's KV leaves while the next one computes."""
 
-import contextlib
 import dataclasses
 import functools
 import threading
@@ -127,8 +126,7 @@ class PrefillWorker(EngineThread):
 
     def cancel(self, ticket: str) -> None:
         """See PrefillEngine.cancel."""
-        with contextlib.suppress(EngineFailed):  # closed: every job has failed
-            self._post(functools.partial(self._cancel, ticket))
+        self._post_unless_closed(functools.partial(self._cancel, ticket))
 
     def status(self) -> EngineStatus:
         """See PrefillEngine.status."""

@@ -1,6 +1,7 @@
 """One engine thread owns every jax call; other threads only post commands to it."""
 
 import abc
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -36,10 +37,14 @@ class EngineThread(abc.ABC):
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._posting:
-            self._check_alive()
             if self._closing.is_set():
-                raise EngineFailed("the engine is closed")
+                raise self._lost or EngineFailed("the engine is closed")
             self._inbox.put(command)
+
+    def _post_unless_closed(self, command: Callable[[], None]) -> None:
+        """For jobs that have failed already when the engine is closed."""
+        with contextlib.suppress(EngineFailed):
+            self._post(command)
 
     def _check_alive(self) -> None:
         """Raises EngineFailed when a failure has ended the engine for good."""
@@ -59,7 +64,7 @@ class EngineThread(abc.ABC):
         while not self._inbox.empty():
             try:
                 self._drain(wait=False)
-            except Exception:
+            except Exception:  # whatever it raises: the jobs of the commands behind it must hear of the end
                 logging.exception("a command failed while the engine was closing")
         self._fail_all(self._lost or EngineFailed("the engine was closed"))
 

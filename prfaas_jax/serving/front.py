@@ -89,15 +89,14 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         try:
             async with asyncio.timeout_at(deadline):
                 usage = await self._generate(request, context.write, arrived, deadline, progress)
-            # Counted first: whoever has read the usage finds it counted.
-            counted = collections.Counter((self._label(usage),))
-            self._served += counted
-            try:
-                async with asyncio.timeout_at(deadline):
+                # Counted first: whoever has read the usage finds it counted.
+                counted = collections.Counter((self._label(usage),))
+                self._served += counted
+                try:
                     await context.write(generation_pb2.GenerateEvent(usage=usage))
-            except BaseException:
-                self._served -= counted
-                raise
+                except BaseException:
+                    self._served -= counted
+                    raise
         except TimeoutError:
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed during {progress.phase}")
         except PrfaasError as error:

@@ -1,7 +1,6 @@
 """A DecodeEngine without a model: the other half of the profiled prefill engine, whose every byte it checks."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import threading
@@ -12,7 +11,7 @@ import numpy as np
 
 from prfaas_jax.engine import api
 from prfaas_jax.engine.thread import EngineThread
-from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput, PrfaasError, TransferError
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.testing.profiled import first_token, profiled_block
@@ -97,8 +96,7 @@ class FakeDecodeEngine(EngineThread):
 
     def abort(self, ticket: str, reason: str = "cancelled") -> None:
         """See DecodeEngine.abort."""
-        with contextlib.suppress(EngineFailed):  # closed: every job has failed
-            self._post(functools.partial(self._end, ticket, api.Finished(reason)))
+        self._post_unless_closed(functools.partial(self._end, ticket, api.Finished(reason)))
 
     def status(self) -> api.EngineStatus:
         """See DecodeEngine.status."""

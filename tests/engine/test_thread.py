@@ -3,28 +3,14 @@
 import threading
 
 import pytest
-from engine_harness import job
+from engine_harness import Recorder, job
 
-from prfaas_jax.engine.api import Admitted, Failed, Finished
+from prfaas_jax.engine.api import Admitted, Event, Failed, Finished
 from prfaas_jax.errors import EngineFailed
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.testing.fake_decode import FakeDecodeEngine, FakeDecodeOptions
 
 SPEC = CacheSpec((CacheGroup(LayerCache("paged", (TensorSpec("k", 1, 4, "bfloat16"),)), (0,)),))
-
-
-class Sink:
-    """Keeps the last event and whether it was one that ends a job."""
-
-    def __init__(self, on_admitted=lambda: None):
-        self._on_admitted, self.last, self.ended = on_admitted, None, threading.Event()
-
-    def __call__(self, event) -> None:
-        self.last = event
-        if isinstance(event, Admitted):
-            self._on_admitted()
-        if isinstance(event, Finished | Failed):
-            self.ended.set()
 
 
 def engine(engine_class=FakeDecodeEngine) -> FakeDecodeEngine:
@@ -37,19 +23,20 @@ def test_a_failed_step_leaves_the_count_of_waiting_jobs_right():
     """Jobs that were still in the inbox were counted out twice, and the queue took more than its bound ever after."""
     worker, entered, go_on = engine(), threading.Event(), threading.Event()
 
-    def fail() -> None:
-        entered.set()
-        assert go_on.wait(10)
-        raise RuntimeError("a step that fails")
+    def fail(event: Event) -> None:
+        if isinstance(event, Admitted):
+            entered.set()
+            assert go_on.wait(10)
+            raise RuntimeError("a step that fails")
 
-    first, second = Sink(fail), Sink()
+    first, second = Recorder(fail), Recorder()
     worker.reserve(job("first", 5), first)
     assert entered.wait(10)
     worker.reserve(job("second", 5), second)
     go_on.set()
-    assert first.ended.wait(10) and isinstance(first.last, Failed)
+    assert isinstance(first.end(), Failed)
     worker.prefill_local("second")
-    assert second.ended.wait(10) and isinstance(second.last, Finished)
+    assert isinstance(second.end(), Finished)
     assert worker.status().waiting == 0
     worker.close()
 
@@ -61,14 +48,16 @@ def test_an_engine_that_cannot_recover_fails_what_it_has_and_refuses_what_comes(
         def _reset(self) -> None:
             raise MemoryError("no room for new pools")
 
-    def fail() -> None:
-        raise RuntimeError("a step that fails")
+    def fail(event: Event) -> None:
+        if isinstance(event, Admitted):
+            raise RuntimeError("a step that fails")
 
-    worker, sink = engine(Lost), Sink(fail)
+    worker, sink = engine(Lost), Recorder(fail)
     worker.reserve(job("a", 5), sink)
-    assert sink.ended.wait(10) and isinstance(sink.last, Failed) and "a step that fails" in str(sink.last.error)
+    (failed,) = sink.wait(Failed)
+    assert "a step that fails" in str(failed.error)
     worker._thread.join(10)
-    for refused in (lambda: worker.reserve(job("b", 5), Sink()), worker.status):
+    for refused in (lambda: worker.reserve(job("b", 5), Recorder()), worker.status):
         with pytest.raises(EngineFailed, match="no room for new pools"):
             refused()
     worker.abort("a")

@@ -96,7 +96,7 @@ def test_a_killed_prefill_server_is_a_counted_fallback_at_once(processes, allow_
         killed = time.monotonic()
         prefill.signal_group(signal.SIGKILL)
         call.join()
-        assert time.monotonic() - killed < 5
+        assert time.monotonic() - killed < 2.0
         if allow_fallback:
             usage = call.answer.usage
             assert call.answer.tokens == greedy(PROMPT, 4)
@@ -119,7 +119,7 @@ def test_a_frozen_prefill_server_is_a_fallback_and_forgets_when_it_thaws(process
         frozen = time.monotonic()
         prefill.signal_group(signal.SIGSTOP)
         call.join()
-        assert 0.5 < time.monotonic() - frozen < 6
+        assert 0.5 < time.monotonic() - frozen < 2.5
         assert call.answer.tokens == greedy(PROMPT, 4)
         usage = call.answer.usage
         assert (usage.placement, usage.fallbacks) == ("local", 1) and "no progress for 1.0 s" in usage.fallback_reason
@@ -174,7 +174,7 @@ def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(processes, ro
     call = Background(decode.ready["address"], message)
     eventually(lambda: prefill_status(prefill.ready["address"]).engine.running == 1)
     stopped.signal_group(signal.SIGTERM)
-    eventually(lambda: health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.NOT_SERVING, 2)
+    eventually(lambda: health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.NOT_SERVING, 0.5)
     late = error_of(decode.ready["address"], message)
     assert late.code() is grpc.StatusCode.UNAVAILABLE and "shutting down" in late.details()
     assert call.join().answer.tokens == greedy(PROMPT, 20)
@@ -263,7 +263,7 @@ def test_launch_failures_show_the_log(tmp_path):
     begun = time.monotonic()
     with pytest.raises(LaunchFailed, match=r"not ready after 3\.0 s(?s:.*)starting"):
         spawn("silent", silent, tmp_path / "silent.log", env(), ready_s=3.0)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 6
     assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(60)" in " ".join(p.cmdline())]
 
 

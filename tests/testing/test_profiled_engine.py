@@ -115,8 +115,8 @@ def test_time_is_that_of_the_function():
     engine.submit(job("a", 50), events.put)
     done = events_until_last(events)[-1]
     engine.close()
-    assert 0.2 <= time.monotonic() - started < 3
-    assert 0.2 <= done.compute_s < 3
+    assert 0.2 <= time.monotonic() - started < 0.6
+    assert 0.2 <= done.compute_s < 0.6
 
 
 def test_cancel_ends_running_and_waiting_jobs_at_once():
@@ -143,7 +143,7 @@ def test_close_fails_what_is_outstanding_and_ends_the_thread():
         engine.submit(job(str(i), 8), events.put)
     engine.close()
     assert all(isinstance(events_until_last(events)[-1], Failed) for events in queues)
-    assert threading.active_count() <= before
+    assert threading.active_count() == before
     with pytest.raises(EngineFailed):
         engine.submit(job("late", 8), print)
 

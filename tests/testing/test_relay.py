@@ -126,8 +126,7 @@ def drain(sock: socket.socket, nbytes: int) -> None:
 # The long round trip needs bandwidth x RTT bytes in flight, 5 MB.
 @pytest.mark.parametrize(("gbps", "rtt_ms", "connections"), [(0.05, 0, 1), (1.0, 0, 1), (1.0, 40, 1), (0.08, 0, 3)])
 def test_rate_is_the_one_set_and_shared(gbps, rtt_ms, connections):
-    # Never above the rate; below it only where this machine is too slow to relay a gigabit.
-    assert (0.9 if gbps < 1 else 0.5) * gbps < best_rate(gbps, rtt_ms, connections) < 1.1 * gbps
+    assert 0.9 * gbps < best_rate(gbps, rtt_ms, connections) < 1.1 * gbps
 
 
 @pytest.mark.parametrize("rtt_ms", [0, 5, 40])
@@ -135,7 +134,7 @@ def test_round_trip_is_the_one_set(rtt_ms):
     with Target(echo=True) as target, Relay(target.address, rtt_ms=rtt_ms) as relay, connect(relay) as sock:
         ping(sock)
         seen = sorted(ping(sock) for _ in range(9))[4] * 1e3
-    assert rtt_ms <= seen < rtt_ms * 1.2 + 15
+    assert rtt_ms <= seen < rtt_ms * 1.2 + 2
 
 
 def test_jitter_delays_and_never_reorders():
@@ -176,7 +175,7 @@ def test_black_hole_delays_and_loses_nothing():
     with Target(echo=True) as target, Relay(target.address) as relay, connect(relay) as sock:
         ping(sock)
         relay.black_hole(0.3)
-        assert 0.25 < ping(sock) < 2
+        assert 0.25 < ping(sock) < 0.6
         relay.pause()
         sock.sendall(b"p")
         sock.settimeout(0.2)
@@ -207,7 +206,7 @@ def test_change_of_rate_takes_effect_in_mid_transfer():
         sock.recv(1000)
         relay.set_link(gbps=None)
         read_all(sock)
-        assert time.perf_counter() - started < 1.4  # 1.6 s at the old rate
+        assert time.perf_counter() - started < 1.0
 
 
 def test_nobody_listens_at_the_target():

@@ -83,7 +83,7 @@ def test_endless_wait_silent_prefill_ends_by_the_idle_timer_and_touch_restarts_i
         puller.touch()
     with pytest.raises(TransferError, match=r"no progress.*group 0, tensor 0, layer 0: tokens \[0, 8\)"):
         puller.finish(SPEC.bytes(8))
-    assert 0.6 < time.monotonic() - started < 5
+    assert 2.4 < time.monotonic() - started < 4.5
 
 
 def test_endless_wait_peer_restarted_with_a_stale_address():
