@@ -11,13 +11,13 @@ from typing import Any
 from absl import flags
 
 from experiments import dataclass_flags
-from prfaas_jax.scheduling.policies import POLICIES, make_policy
+from prfaas_jax.scheduling.policies import make_policy
 from prfaas_jax.serving.process import run_main, serve
 from prfaas_jax.serving.router import Router, RouterOptions
 
 dataclass_flags.define(RouterOptions)
 flags.adopt_module_key_flags(dataclass_flags)
-POLICY = flags.DEFINE_enum("policy", "threshold", sorted(POLICIES), "who decides where a prompt is prefilled")
+POLICY = flags.DEFINE_enum("policy", "threshold", ["always_local", "always_remote", "threshold"], "who decides where a prompt is prefilled")
 THRESHOLD_TOKENS = flags.DEFINE_integer("threshold_tokens", 512, "policy threshold: longer prompts go remote", lower_bound=0)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "directory or GGUF file with the tokenizer; without it prompts must be token ids")
 GRACE_S = flags.DEFINE_float("grace_s", 10.0, "seconds that running requests get after SIGTERM", lower_bound=0)

@@ -6,7 +6,7 @@ the same places, whatever else is in the batch and wherever a cached prefix ends
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from prfaas_jax.errors import InvalidInput
 
@@ -18,6 +18,23 @@ STEP_COST = 128
 
 # A started row that has been passed over for this many steps goes before rows that were never served.
 PATIENCE = 16
+
+
+class Waiting(Protocol):
+    """What `choose_prefill` reads of a prompt; `PrefillItem` says what it means."""
+
+    @property
+    def ticket(self) -> str: ...  # noqa: D102
+    @property
+    def start(self) -> int: ...  # noqa: D102
+    @property
+    def length(self) -> int: ...  # noqa: D102
+    @property
+    def shard(self) -> int: ...  # noqa: D102
+    @property
+    def last_step(self) -> int: ...  # noqa: D102
+    @property
+    def arrival(self) -> int: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +122,12 @@ def decode_bucket(rows: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
-def next_tokens(item: PrefillItem, chunk: int) -> int:
+def next_tokens(item: Waiting, chunk: int) -> int:
     """Tokens of the item's next row: up to the next multiple of `chunk`, or to the end of the prompt."""
     return min(chunk - item.start % chunk, item.length - item.start)
 
 
-def choose_prefill(items: Iterable[PrefillItem], buckets: Sequence[Bucket], chunk: int, step: int | None = None) -> PrefillChoice:
+def choose_prefill(items: Iterable[Waiting], buckets: Sequence[Bucket], chunk: int, step: int | None = None) -> PrefillChoice:
     """Picks the rows of the next prefill step; the same arguments in any order of `items` give the same step.
 
     Rows go least recently served first (never served before any other), ties by arrival. Of the buckets that hold the most
@@ -133,16 +150,23 @@ def choose_prefill(items: Iterable[PrefillItem], buckets: Sequence[Bucket], chun
     shards = min(b.rows for b in buckets)
     _check_items(items, buckets, chunk, shards)
 
-    def urgency(item: PrefillItem) -> tuple[int, int, int, str]:
+    def urgency(item: Waiting) -> tuple[int, int, int, str]:
         started = item.last_step >= 0
         overdue = step is not None and started and step - item.last_step > PATIENCE
         return (0 if overdue else 1, item.last_step, item.arrival, item.ticket)
+
+    if shards == 1 and max(b.rows for b in buckets) == 1:
+        # One row per step: the most urgent one, in the smallest bucket that holds it.
+        first = min(items, key=urgency)
+        taken_tokens = next_tokens(first, chunk)
+        bucket = min((b for b in buckets if b.tokens >= taken_tokens), key=_by_size)
+        return PrefillChoice(bucket, (PrefillRow(first.ticket, 0, first.start, taken_tokens),))
 
     order = sorted(items, key=urgency)
     tokens = {item.ticket: next_tokens(item, chunk) for item in order}
     alone = {item.ticket: _step_cost(_smallest(buckets, shards, tokens[item.ticket]), shards) for item in order}
 
-    best: tuple[int, Bucket, list[PrefillItem]] | None = None
+    best: tuple[int, Bucket, list[Waiting]] | None = None
     for bucket in sorted(buckets, key=_by_size):
         if bucket.tokens < tokens[order[0].ticket]:
             continue
@@ -162,7 +186,7 @@ def choose_prefill(items: Iterable[PrefillItem], buckets: Sequence[Bucket], chun
     return PrefillChoice(bucket, tuple(rows))
 
 
-def _fill(order: Sequence[PrefillItem], tokens: dict[str, int], bucket: Bucket, shards: int) -> list[PrefillItem]:
+def _fill(order: Sequence[Waiting], tokens: dict[str, int], bucket: Bucket, shards: int) -> list[Waiting]:
     """The first items in `order` that fit the bucket's tokens and their shard's rows."""
     room = [bucket.rows // shards] * shards
     taken = []
@@ -193,7 +217,7 @@ def _check_rows(field: str, rows: int, shards: int, least: int) -> None:
         raise InvalidInput(field, rows, f"a multiple of the {shards} data shards, at least {least}")
 
 
-def _check_items(items: Sequence[PrefillItem], buckets: Sequence[Bucket], chunk: int, shards: int) -> None:
+def _check_items(items: Sequence[Waiting], buckets: Sequence[Bucket], chunk: int, shards: int) -> None:
     if not items:
         raise InvalidInput("items", items, "at least one prompt to compute")
     if len({item.ticket for item in items}) != len(items):

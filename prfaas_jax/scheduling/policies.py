@@ -1,114 +1,16 @@
-"""Where a request is prefilled and decoded: pure decisions that explain themselves.
+"""Rules that place a request by its lengths alone: pure decisions that explain themselves.
 
 One policy, three drivers: the live router, the simulator and tests call `place(request, view, now)` with their own view and clock.
+Policies that predict times are in `predictive`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int64
 
-from prfaas_jax.errors import InvalidInput, PrfaasError
-
-
-class NoDecodeServer(PrfaasError):
-    """No healthy decode server: the request cannot be placed at all; maps to gRPC UNAVAILABLE."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a policy may know of a request.
-
-    Attributes:
-        tokens: prompt length, at least 1.
-        output_tokens: upper limit of new tokens.
-        cached_prefill: longest cached prefix, in tokens, on the remote prefill side.
-        cached_decode: longest cached prefix, in tokens, on the decode side.
-    """
-
-    tokens: int
-    output_tokens: int
-    cached_prefill: int = 0
-    cached_decode: int = 0
-
-    def __post_init__(self) -> None:
-        for field in ("tokens", "output_tokens"):
-            if getattr(self, field) < 1:
-                raise InvalidInput(f"request.{field}", getattr(self, field), "an integer >= 1")
-        for field in ("cached_prefill", "cached_decode"):
-            if not 0 <= getattr(self, field) <= self.tokens:
-                raise InvalidInput(f"request.{field}", getattr(self, field), f"0..{self.tokens}, the prompt length")
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerStatus:
-    """One server as its last report left it; a row of `Servers`."""
-
-    name: str
-    healthy: bool
-    queue: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Servers:
-    """Servers of one role, a numpy row each; all columns have the same length.
-
-    Attributes:
-        names: unique addresses or labels.
-        healthy: takes new work.
-        queue: requests waiting or running there.
-    """
-
-    names: tuple[str, ...]
-    healthy: Bool[np.ndarray, " servers"]
-    queue: Int64[np.ndarray, " servers"]
-
-    def __post_init__(self) -> None:
-        if len(set(self.names)) != len(self.names):
-            raise InvalidInput("servers.names", self.names, "unique names")
-        for field in dataclasses.fields(self)[1:]:
-            column = getattr(self, field.name)
-            if column.shape != (len(self.names),):
-                raise InvalidInput(f"servers.{field.name}", column.shape, f"a column of {len(self.names)} rows")
-
-    @classmethod
-    def of(cls, rows: Iterable[ServerStatus]) -> "Servers":
-        """Stacks rows into columns."""
-        rows = list(rows)
-        return cls(tuple(r.name for r in rows), np.array([r.healthy for r in rows], bool), np.array([r.queue for r in rows], np.int64))
-
-    def least_loaded(self) -> int | None:
-        """Row of the healthy server with the shortest queue, the first at a tie; None when none is healthy."""
-        if not self.healthy.any():
-            return None
-        return int(np.argmin(np.where(self.healthy, self.queue, np.iinfo(np.int64).max)))
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterView:
-    """What is known of the clusters at one moment: the remote prefill servers and the decode servers."""
-
-    prefill: Servers
-    decode: Servers
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """A decision: `prefill` is a remote server's name or None for the decode server itself; `reason` holds the numbers."""
-
-    prefill: str | None
-    decode: str
-    reason: str
-
-
-class Policy(Protocol):
-    """Decides for one request; deterministic in its arguments and its own state."""
-
-    def place(self, request: Request, view: ClusterView, now: float) -> Placement:
-        """Places `request` at time `now` (seconds of the driver's clock). Raises NoDecodeServer."""
-        ...
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Placement, Policy, Request, Servers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +19,16 @@ class AlwaysLocal:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """Never remote."""
-        return _local(view, "always_local")
+        return local(view, decode_row(view), "always_local")
 
 
 @dataclasses.dataclass(frozen=True)
 class AlwaysRemote:
-    """Every prompt is prefilled remotely while a prefill server is healthy."""
+    """Every prompt is prefilled remotely while a prefill server is healthy: the paper's naive heterogeneous PD."""
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """Remote, or local when no prefill server is healthy."""
-        return _remote(view, "always_remote")
+        return remote(view, decode_row(view), "always_remote")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +38,125 @@ class Threshold:
     tokens: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 0:
-            raise InvalidInput("threshold.tokens", self.tokens, "an integer >= 0")
+        _check_tokens("threshold.tokens", self.tokens)
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """Compares what the decode side would have to compute with the threshold."""
-        uncached = request.tokens - request.cached_decode
-        count = f"{request.tokens} - {request.cached_decode} cached = {uncached}" if request.cached_decode else f"{uncached}"
+        row = decode_row(view)
+        held = request.held_by_decode(row)
+        uncached = request.tokens - held
         if uncached > self.tokens:
-            return _remote(view, f"threshold: {count} > {self.tokens} tokens")
-        return _local(view, f"threshold: {count} <= {self.tokens} tokens")
+            return remote(view, row, f"threshold: {_count(request, held)} > {self.tokens} tokens")
+        return local(view, row, f"threshold: {_count(request, held)} <= {self.tokens} tokens")
 
 
-POLICIES: dict[str, Callable[..., Policy]] = {"always_local": AlwaysLocal, "always_remote": AlwaysRemote, "threshold": Threshold}
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """The threshold rule upside down, short prompts go remote: a baseline that shows what the direction of the rule is worth."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        _check_tokens("reverse.tokens", self.tokens)
+
+    def place(self, request: Request, view: ClusterView, now: float) -> Placement:
+        """Compares what the decode side would have to compute with the threshold."""
+        row = decode_row(view)
+        held = request.held_by_decode(row)
+        if request.tokens - held <= self.tokens:
+            return remote(view, row, f"reverse: {_count(request, held)} <= {self.tokens} tokens")
+        return local(view, row, f"reverse: {_count(request, held)} > {self.tokens} tokens")
+
+
+@dataclasses.dataclass
+class LengthBlind:
+    """A share of the requests goes remote whatever their length: the honest load-balanced baseline.
+
+    `share` of them, spread as evenly as the golden ratio's multiples are, from a start that `seed` sets.
+    """
+
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InvalidInput("length_blind.share", self.share, "a share of the requests, 0..1")
+        self._at = float(np.random.default_rng(self.seed).random())
+
+    def place(self, request: Request, view: ClusterView, now: float) -> Placement:
+        """The next draw decides."""
+        self._at = (self._at + 0.6180339887498949) % 1.0
+        row = decode_row(view)
+        return (remote if self._at < self.share else local)(view, row, f"length_blind: share {self.share:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperPrefix:
+    """The paper's rule with prefix caches.
+
+    Bandwidth scarce: clusters are judged alone, l_total - l_pd <= t stays local, and no cache is moved. Abundant: the longer of the two
+    prefixes counts, l_total - max(l_prfaas, l_pd) <= t stays local, and where the cluster that computes holds less, the rest is copied to
+    it first. The paper does not say when bandwidth is scarce; here it is while the link would need more than `scarce_s` seconds for what
+    is already placed on it.
+    """
+
+    tokens: int
+    scarce_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tokens("paper_prefix.tokens", self.tokens)
+        if not self.scarce_s >= 0:
+            raise InvalidInput("paper_prefix.scarce_s", self.scarce_s, "seconds >= 0")
+
+    def place(self, request: Request, view: ClusterView, now: float) -> Placement:
+        """Needs `view.links`; raises InvalidInput without."""
+        if view.links is None:
+            raise InvalidInput("view.links", None, "links: paper_prefix asks whether bandwidth is scarce")
+        row, far = decode_row(view), view.prefill.least_loaded()
+        l_pd = request.held_by_decode(row)
+        if far is None or _drain_s(view, far, row) > self.scarce_s:
+            reason = f"paper_prefix (scarce): {_count(request, l_pd)}"
+            if request.tokens - l_pd <= self.tokens:
+                return local(view, row, f"{reason} <= {self.tokens} tokens")
+            return remote(view, row, f"{reason} > {self.tokens} tokens")
+        l_prfaas = request.held_by_prefill(far)
+        longest = max(l_prfaas, l_pd)
+        reason = f"paper_prefix (abundant): {_count(request, longest)}"
+        if request.tokens - longest <= self.tokens:
+            return dataclasses.replace(local(view, row, f"{reason} <= {self.tokens} tokens"), copied_tokens=longest - l_pd)
+        return dataclasses.replace(remote(view, row, f"{reason} > {self.tokens} tokens"), copied_tokens=longest - l_prfaas)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheHitRule:
+    """Local exactly if little is left to compute, by count and by share: the static rule of conditional disaggregation."""
+
+    tokens: int = 2048
+    share: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_tokens("cache_hit_rule.tokens", self.tokens)
+        if not 0 <= self.share <= 1:
+            raise InvalidInput("cache_hit_rule.share", self.share, "a share of the prompt, 0..1")
+
+    def place(self, request: Request, view: ClusterView, now: float) -> Placement:
+        """Local iff uncached < tokens and uncached / prompt < share."""
+        row = decode_row(view)
+        uncached = request.tokens - request.held_by_decode(row)
+        share = uncached / request.tokens
+        stays = uncached < self.tokens and share < self.share
+        return (local if stays else remote)(view, row, f"cache_hit_rule: {uncached} uncached, {share:.2f} of the prompt")
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "always_local": AlwaysLocal,
+    "always_remote": AlwaysRemote,
+    "threshold": Threshold,
+    "reverse": Reverse,
+    "length_blind": LengthBlind,
+    "paper_prefix": PaperPrefix,
+    "cache_hit_rule": CacheHitRule,
+}
 
 
 def make_policy(name: str, **params: object) -> Policy:
@@ -165,24 +173,26 @@ def make_policy(name: str, **params: object) -> Policy:
         raise InvalidInput(f"policy {name} parameters", params, f"what the policy takes ({error})") from error
 
 
-def _local(view: ClusterView, reason: str) -> Placement:
-    decode, load = _decode(view)
-    return Placement(None, decode, f"{reason}{load}")
-
-
-def _remote(view: ClusterView, reason: str) -> Placement:
-    row = view.prefill.least_loaded()
-    if row is None:
-        return _local(view, f"{reason}, but local: 0 of {len(view.prefill.names)} prefill servers healthy")
-    decode, load = _decode(view)
-    return Placement(view.prefill.names[row], decode, f"{reason}{_choice('prefill', view.prefill, row)}{load}")
-
-
-def _decode(view: ClusterView) -> tuple[str, str]:
+def decode_row(view: ClusterView) -> int:
+    """Row of the least loaded healthy decode server; raises NoDecodeServer."""
     row = view.decode.least_loaded()
     if row is None:
         raise NoDecodeServer(f"0 of {len(view.decode.names)} decode servers healthy: {', '.join(view.decode.names) or 'none known'}")
-    return view.decode.names[row], _choice("decode", view.decode, row)
+    return row
+
+
+def local(view: ClusterView, row: int, reason: str) -> Placement:
+    """Prefill where it is decoded, on row `row`."""
+    return Placement(None, view.decode.names[row], f"{reason}{_choice('decode', view.decode, row)}")
+
+
+def remote(view: ClusterView, row: int, reason: str) -> Placement:
+    """Prefill on the least loaded healthy prefill server, or locally, and saying so, where there is none."""
+    far = view.prefill.least_loaded()
+    if far is None:
+        return local(view, row, f"{reason}, but local: 0 of {len(view.prefill.names)} prefill servers healthy")
+    chosen = _choice("prefill", view.prefill, far) + _choice("decode", view.decode, row)
+    return Placement(view.prefill.names[far], view.decode.names[row], f"{reason}{chosen}")
 
 
 def _choice(role: str, servers: Servers, row: int) -> str:
@@ -190,3 +200,19 @@ def _choice(role: str, servers: Servers, row: int) -> str:
     if len(servers.names) == 1:
         return ""
     return f"; {role} {servers.names[row]}: queue {servers.queue[row]}, shortest of {np.count_nonzero(servers.healthy)} healthy"
+
+
+def _count(request: Request, held: int) -> str:
+    return f"{request.tokens} - {held} cached = {request.tokens - held}" if held else f"{request.tokens}"
+
+
+def _drain_s(view: ClusterView, prefill: int, decode: int) -> float:
+    """Seconds that the link needs for what is placed on it."""
+    assert view.links is not None
+    rate = view.links.bytes_per_s[prefill, decode]
+    return float(view.links.pending_bytes[prefill, decode] / rate) if rate else float("inf")
+
+
+def _check_tokens(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput(field, value, "an integer >= 0")

@@ -9,7 +9,7 @@ import grpc
 from absl import logging
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.policies import ClusterView, Servers, ServerStatus
+from prfaas_jax.scheduling.view import ClusterView, Servers, ServerStatus
 from prfaas_jax.serving.control_plane import control_channel
 from prfaas_jax.serving.endpoint import parse_address
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2_grpc

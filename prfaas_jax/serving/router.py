@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.policies import Placement, Policy, Request
+from prfaas_jax.scheduling.view import Placement, Policy, Request
 from prfaas_jax.serving.backends import Backends
 from prfaas_jax.serving.front import FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Progress, Write

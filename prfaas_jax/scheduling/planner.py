@@ -1,0 +1,303 @@
+"""From hardware, link and request mix to a plan: threshold, roles, what binds, what one more unit would buy, and whether it pays at all.
+
+`grid` is the paper's search over (t, N_p) (Eq. 6-8). `best_roles` searches the same roles with the linear program of `optimum`, which
+also places over several clusters and regions. `advise` puts both beside the alternatives that a sceptic would name.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.scheduling.optimum import Optimum, optimum
+from prfaas_jax.scheduling.throughput import CaseStudy, Reading, decode_batch
+from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology
+
+# Step of the threshold grid in tokens: the paper prints t with this resolution.
+T_STEP = 100.0
+
+# PrfaaS must beat a homogeneous cluster of equal cost by this much before it is worth a second site.
+WORTH = 1.05
+
+# Most combinations of roles that are tried.
+MAX_ROLES = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One operating point; the symbols and units of `throughput.Operating`."""
+
+    t: float
+    n_p: int
+    n_d: int
+    p: float
+    l_long: float
+    l_short: float
+    theta_prfaas: float
+    theta_pd_p: float
+    theta_pd_d: float
+    lambda_max: float
+    egress: float
+    reading: Reading
+
+    @property
+    def egress_gbps(self) -> float:
+        """Gbit/s that cross the link at `lambda_max`."""
+        return self.egress / GBPS
+
+
+def plan_at(case: CaseStudy, mix: Mix, t: float, n_p: int, reading: Reading = "mean") -> Plan:
+    """The system at one threshold and one N_p. InvalidInput unless 0 <= n_p < n_pd: something must decode."""
+    if not 0 <= n_p < case.n_pd:
+        raise InvalidInput("n_p", n_p, f"0..{case.n_pd - 1}, so that an instance is left to decode")
+    return _pick(case, mix, np.array([t]), n_p, reading)
+
+
+def grid(case: CaseStudy, mix: Mix, reading: Reading = "mean", t_step: float = T_STEP) -> Plan:
+    """The paper's search: the (t, N_p) of largest Lambda_max, thresholds in steps of `t_step` tokens; at a tie the smaller p, then N_p.
+
+    The grid also holds t = 0 (offload all) and t = infinity (offload nothing), so degenerate answers are found and not missed.
+    """
+    if not t_step > 0:
+        raise InvalidInput("t_step", t_step, "tokens above zero")
+    thresholds = np.concatenate((np.arange(0.0, float(mix.uncached.max()) + t_step, t_step), [math.inf]))
+    if not case.n_prfaas:
+        thresholds = np.array([math.inf])
+    best = [_pick(case, mix, thresholds, n_p, reading) for n_p in range(case.n_pd)]
+    return max(best, key=lambda plan: (round(plan.lambda_max, 9), -plan.p, -plan.n_p))
+
+
+def _pick(case: CaseStudy, mix: Mix, thresholds: np.ndarray, n_p: int, reading: Reading) -> Plan:
+    at = case.operate(mix, thresholds, n_p, reading)
+    best = np.flatnonzero(at.lambda_max >= at.lambda_max.max() * (1 - 1e-12))
+    i = best[np.argmin(at.p[best])]
+    names = ("t", "p", "l_long", "l_short", "theta_prfaas", "theta_pd_p", "theta_pd_d", "lambda_max", "egress")
+    values = {name: float(getattr(at, name)[i]) for name in names}
+    return Plan(n_p=n_p, n_d=case.n_pd - n_p, reading=reading, **values)
+
+
+def homogeneous(case: CaseStudy, mix: Mix, instances: int, reading: Reading = "mean") -> Plan:
+    """The best split of `instances` PD instances and no PrfaaS cluster."""
+    return grid(dataclasses.replace(case, n_prfaas=0, n_pd=instances), mix, reading)
+
+
+def naive(case: CaseStudy, mix: Mix, reading: Reading = "mean") -> Plan:
+    """Everything is prefilled by the PrfaaS cluster and every PD instance decodes."""
+    return plan_at(case, mix, 0.0, 0, reading)
+
+
+def length_blind(case: CaseStudy, mix: Mix, reading: Reading = "mean") -> tuple[float, int]:
+    """Lambda_max and N_p of the best balanced split that does not look at lengths; the smaller N_p at a tie."""
+    rates = [case.length_blind(mix, n_p, reading) for n_p in range(case.n_pd)]
+    return max(rates), int(np.argmax(rates))
+
+
+def equal_cost_instances(case: CaseStudy) -> int:
+    """PD instances for the money that the whole system costs, rounded down: no alternative may cost more than what it is compared with."""
+    cost = case.n_prfaas * case.prfaas.cost_per_hour + case.n_pd * case.pd.cost_per_hour
+    return int(cost / case.pd.cost_per_hour + 1e-9)
+
+
+def topology_of(case: CaseStudy, n_p: int, rtt_s: float = 0.0) -> Topology:
+    """The case study as a topology with clusters "prfaas" and "pd"."""
+    region = Region("pd", case.pd, n_p, case.n_pd - n_p, case.local_bytes_per_s)
+    if not case.n_prfaas:
+        return Topology(case.kv, (), (region,), ())
+    return Topology(case.kv, (PrefillCluster("prfaas", case.prfaas, case.n_prfaas),), (region,), (Link("prfaas", "pd", case.b_out, rtt_s),))
+
+
+def best_roles(topology: Topology, mix: Mix) -> tuple[Topology, Optimum]:
+    """The split of every region into prefill and decode instances that sustains most, any placement allowed.
+
+    Raises:
+        InvalidInput: more than `MAX_ROLES` combinations of roles; plan the regions one by one.
+    """
+    best: tuple[Topology, Optimum] | None = None
+    for candidate in _role_choices(topology):
+        found = optimum(candidate, mix)
+        if best is None or found.lambda_max > best[1].lambda_max * (1 + 1e-9):
+            best = candidate, found
+    assert best is not None  # a region of one instance has one choice
+    return best
+
+
+def _role_choices(topology: Topology) -> Iterator[Topology]:
+    linked = {link.decode for link in topology.links}
+    choices = [range(0 if r.name in linked else 1, r.instances) for r in topology.regions]
+    count = math.prod(map(len, choices))
+    if not 1 <= count <= MAX_ROLES:
+        raise InvalidInput("topology.regions", count, f"1..{MAX_ROLES} combinations of roles; a region without links needs two instances")
+    for roles in itertools.product(*choices):
+        split = zip(topology.regions, roles, strict=True)
+        regions = tuple(dataclasses.replace(r, prefill=n_p, decode=r.instances - n_p) for r, n_p in split)
+        yield dataclasses.replace(topology, regions=regions)
+
+
+def with_counts(topology: Topology, counts: dict[str, int]) -> Topology:
+    """The topology with other numbers of instances per cluster name; a region's new ones decode until roles are chosen."""
+    prefill = tuple(dataclasses.replace(c, instances=counts.get(c.name, c.instances)) for c in topology.prefill)
+    regions = tuple(dataclasses.replace(r, prefill=0, decode=counts.get(r.name, r.instances)) for r in topology.regions)
+    return dataclasses.replace(topology, prefill=prefill, regions=regions)
+
+
+def cheapest(topology: Topology, mix: Mix, requests_per_s: float, most: dict[str, int]) -> tuple[Topology, Optimum] | None:
+    """The cheapest numbers of instances, up to `most` per cluster, that sustain `requests_per_s`; None where even all of them do not.
+
+    Candidates go by cost, ties by fewer instances; roles are the best for each.
+    """
+    names = [c.name for c in topology.clusters]
+    if set(most) != set(names) or min(most.values()) < 1:
+        raise InvalidInput("most", most, f"a number of instances >= 1 for each of {names}")
+    choices = itertools.product(*(range(1, most[n] + 1) for n in names))
+    candidates = (with_counts(topology, dict(zip(names, counts, strict=True))) for counts in choices)
+    for candidate in sorted(candidates, key=lambda c: c.cost_per_hour):
+        try:
+            roles, found = best_roles(candidate, mix)
+        except InvalidInput:
+            continue  # one instance cannot prefill and decode
+        if found.lambda_max >= requests_per_s:
+            return roles, found
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What one more unit buys: the price at the optimum as it stands, and the true gain when roles and placement follow."""
+
+    what: str
+    unit: str
+    price: float
+    requests_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A step of a roll-out: `share` of the requests over `threshold` go remote; what that offloads and sends at `requests_per_s`."""
+
+    threshold: float
+    share: float
+    offloaded: float
+    egress_gbps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Everything that `experiments.plan` prints; rates in requests/s.
+
+    `plan` and the baselines share one reading. `best` allows any placement, exact reading. `needed_gbps`: egress of the plan on a link
+    that never binds. `reasons` say why (or why not) the pilot is worth it.
+    """
+
+    plan: Plan
+    homogeneous: Plan
+    homogeneous_equal_cost: Plan
+    naive: Plan
+    length_blind: float
+    best: Optimum
+    best_n_p: int
+    needed_gbps: float
+    cost_per_hour: float
+    gains: tuple[Gain, ...]
+    phases: tuple[Phase, ...]
+    worth_it: bool
+    reasons: tuple[str, ...]
+
+
+def advise(case: CaseStudy, mix: Mix, reading: Reading = "mean") -> Advice:
+    """Plans the case, compares it with what else the money would buy, and says whether a pilot is worth it."""
+    if not case.n_prfaas:
+        raise InvalidInput("n_prfaas", 0, "at least one PrfaaS instance to plan for")
+    plan = grid(case, mix, reading)
+    equal_gpus = homogeneous(case, mix, case.n_prfaas + case.n_pd, reading)
+    equal_cost = homogeneous(case, mix, max(2, equal_cost_instances(case)), reading)
+    everything = naive(case, mix, reading)
+    blind = length_blind(case, mix, reading)[0]
+    free = grid(dataclasses.replace(case, b_out=math.inf), mix, reading)
+    roles, best = best_roles(topology_of(case, 0), mix)
+    reasons = tuple(_reasons(plan, equal_cost, everything, blind))
+    return Advice(
+        plan=plan,
+        homogeneous=equal_gpus,
+        homogeneous_equal_cost=equal_cost,
+        naive=everything,
+        length_blind=blind,
+        best=best,
+        best_n_p=roles.regions[0].prefill,
+        needed_gbps=free.egress_gbps,
+        cost_per_hour=roles.cost_per_hour,
+        gains=tuple(_gains(case, mix, best)),
+        phases=tuple(roll_out(case, mix, plan)),
+        worth_it=plan.p > 0 and plan.lambda_max >= WORTH * equal_cost.lambda_max,
+        reasons=reasons,
+    )
+
+
+def _reasons(plan: Plan, equal_cost: Plan, everything: Plan, blind: float) -> Iterator[str]:
+    gain = plan.lambda_max / equal_cost.lambda_max
+    other = f"a homogeneous cluster of equal cost ({equal_cost.n_p + equal_cost.n_d} instances)"
+    paid = f"{gain:.2f}x the {equal_cost.lambda_max:.2f} requests/s of {other}"
+    if plan.p == 0:
+        yield "no: the best threshold offloads nothing"
+    elif gain >= WORTH:
+        yield f"yes: {paid}"
+    else:
+        yield f"no: {paid}, under the {WORTH:.2f}x that a second site should bring"
+    if everything.lambda_max >= plan.lambda_max * 0.99:
+        yield "a threshold adds nothing here: offloading every prompt sustains as much"
+    elif blind >= plan.lambda_max * 0.99:
+        yield "the length rule adds less than 1 % over an equal split of all lengths; its gain is in the tail of TTFT"
+
+
+def _gains(case: CaseStudy, mix: Mix, best: Optimum) -> Iterator[Gain]:
+    prices = {(r.kind, r.name): r for r in best.resources}
+    for what, key, grown in (
+        ("PrfaaS instance", ("prfaas_compute", "prfaas"), dataclasses.replace(case, n_prfaas=case.n_prfaas + 1)),
+        ("PD instance", ("local_prefill", "pd"), dataclasses.replace(case, n_pd=case.n_pd + 1)),
+        ("Gbps of egress", ("egress", "prfaas->pd"), dataclasses.replace(case, b_out=case.b_out + GBPS)),
+    ):
+        price = prices[key].price if key in prices else 0.0
+        if what == "PD instance":  # it may take either role
+            price = max([price, *(r.price for r in best.resources if r.kind in ("decode", "decode_memory"))])
+        unit = "Gbps" if "Gbps" in what else "instance"
+        yield Gain(what, unit, price, best_roles(topology_of(grown, 0), mix)[1].lambda_max - best.lambda_max)
+
+
+def roll_out(case: CaseStudy, mix: Mix, plan: Plan, steps: int = 4) -> Iterator[Phase]:
+    """Canary shares of the longest tenth of the prompts first, where a failure costs fewest requests; then all of them; then t lowered.
+
+    Figures are at 70 % of the plan's Lambda_max: a pilot is not started at the edge.
+    """
+    if plan.p == 0:
+        return
+    rate = 0.7 * plan.lambda_max
+    start = max(plan.t, mix.quantile(mix.uncached, 0.9))
+    shares = [(start, 0.05), (start, 0.25), (start, 1.0)]
+    low = max(plan.t, mix.quantile(mix.uncached, 0.001))
+    shares += [(float(t), 1.0) for t in np.geomspace(start, low, steps + 1)[1:]] if start > low else []
+    if plan.t < low:
+        shares.append((plan.t, 1.0))
+    for t, share in shares:
+        at = case.operate(mix, t, plan.n_p)
+        long = mix.uncached > t
+        sent = float((mix.weight * long) @ case.kv.bytes_of(mix.tokens, mix.cached_pd))
+        yield Phase(t, share, share * float(at.p[0]), rate * share * sent / GBPS)
+
+
+def bottleneck(case: CaseStudy, plan: Plan, mix: Mix) -> str:
+    """What binds at the plan: "prfaas_compute", "egress", "local_prefill", "decode" or "decode_memory".
+
+    Where the grid balances two parts to within its resolution the scarcer one is named; the program's prices say the rest.
+    """
+    at = case.operate(mix, plan.t, plan.n_p, plan.reading)
+    decode = "decode_memory" if decode_batch(case.pd, case.kv, mix) < case.pd.max_batch else "decode"
+    limits = {
+        "prfaas_compute": float(at.theta_prfaas_compute[0]) / plan.p if plan.p else math.inf,
+        "egress": float(at.theta_prfaas_egress[0]) / plan.p if plan.p else math.inf,
+        "local_prefill": plan.theta_pd_p / (1 - plan.p) if plan.p < 1 else math.inf,
+        decode: plan.theta_pd_d,
+    }
+    return min(limits, key=limits.__getitem__)

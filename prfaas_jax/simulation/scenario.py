@@ -1,0 +1,142 @@
+"""What happens to a system while requests arrive: how its links change, what fails and when; and how the simulation is run."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.simulation.prefill import check_chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class SimOptions:
+    """How the clusters work, beyond their profiles.
+
+    Attributes:
+        prefill_chunk: tokens per prefill row, a multiple of 64; prompts on one instance take turns chunk by chunk.
+        prefill_rows: prompts per prefill step.
+        overlap: KV leaves chunk by chunk while the prefill goes on; otherwise all of it after its end, as the paper computes TTFT.
+        prefill_cache_bytes: prefix cache of each prefill cluster; 0 for none.
+        decode_cache_bytes: prefix cache of each region.
+        checkpoint_blocks: a state checkpoint at every that many blocks (and at the end of every prompt).
+        stall_s: a transfer on a link that is down is given up after this long, and its request placed again.
+        detect_s: until the router knows that an instance or link is down or up again.
+        convert_s: what an instance needs to change its role, once it is drained.
+        control_s: period of the controller.
+        slo_scale: SLO on TTFT = slo_scale * unloaded TTFT of the prompt on its best path + slo_base_s.
+        slo_base_s: see there.
+        slo_tpot_s: SLO on TPOT.
+        warmup: share of the requests, the first ones, that no statistic counts.
+    """
+
+    prefill_chunk: int = 8192
+    prefill_rows: int = 1
+    overlap: bool = True
+    prefill_cache_bytes: float = 0.0
+    decode_cache_bytes: float = 0.0
+    checkpoint_blocks: int = 16
+    stall_s: float = 5.0
+    detect_s: float = 1.0
+    convert_s: float = 10.0
+    control_s: float = 5.0
+    slo_scale: float = 3.0
+    slo_base_s: float = 0.5
+    slo_tpot_s: float = 0.05
+    warmup: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_chunk(self.prefill_chunk)
+        for field in ("prefill_rows", "checkpoint_blocks"):
+            if getattr(self, field) < 1:
+                raise InvalidInput(field, getattr(self, field), "a whole number >= 1")
+        for field in ("prefill_cache_bytes", "decode_cache_bytes", "stall_s", "detect_s", "convert_s", "slo_base_s"):
+            if not getattr(self, field) >= 0:
+                raise InvalidInput(field, getattr(self, field), "a number >= 0")
+        for field in ("control_s", "slo_scale", "slo_tpot_s"):
+            if not getattr(self, field) > 0:
+                raise InvalidInput(field, getattr(self, field), "a number above zero")
+        if not 0 <= self.warmup < 1:
+            raise InvalidInput("warmup", self.warmup, "a share of the requests, 0 up to but not 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareWave:
+    """A link that has `low` bytes/s for half of every `period_s` seconds; the first half has what the topology says."""
+
+    low: float
+    period_s: float
+
+    def __post_init__(self) -> None:
+        if not self.low >= 0:
+            raise InvalidInput("square_wave.low", self.low, "bytes/s >= 0")
+        if not self.period_s > 0:
+            raise InvalidInput("square_wave.period_s", self.period_s, "seconds above zero")
+
+    def changes(self, high: float) -> Iterator[tuple[float, float]]:
+        """(time, bytes/s) from the first change on, without end."""
+        for i in itertools.count(1):
+            yield i * self.period_s / 2, self.low if i % 2 else high
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A link whose capacity changes at given times: ascending (seconds, bytes/s)."""
+
+    steps: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        times = [t for t, _ in self.steps]
+        if any(t < 0 for t in times) or any(a >= b for a, b in itertools.pairwise(times)):
+            raise InvalidInput("steps", times, "ascending times >= 0")
+        if any(not rate >= 0 for _, rate in self.steps):
+            raise InvalidInput("steps", self.steps, "bytes/s >= 0")
+
+    def changes(self, high: float) -> Iterator[tuple[float, float]]:
+        """(time, bytes/s)."""
+        return iter(self.steps)
+
+
+LinkPlan = SquareWave | Steps
+
+Part = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outage:
+    """One instance is gone from `start_s` on for `seconds`; what it computed and held is lost.
+
+    `part` says which of a cluster's instances: "prefill" or "decode"; `index` counts them from 0.
+    """
+
+    cluster: str
+    part: Part
+    index: int
+    start_s: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if self.part not in ("prefill", "decode"):
+            raise InvalidInput("outage.part", self.part, "prefill or decode")
+        if not 0 <= self.start_s < math.inf or not self.seconds > 0:
+            raise InvalidInput("outage", (self.start_s, self.seconds), "a finite start >= 0 and a duration above zero")
+
+
+def random_outages(
+    targets: Sequence[tuple[str, Part, int]], mtbf_s: float, mttr_s: float, until_s: float, rng: np.random.Generator
+) -> tuple[Outage, ...]:
+    """Outages of each (cluster, part, index) on its own: exponential times between failures and to repair, by their means."""
+    for field, value in (("mtbf_s", mtbf_s), ("mttr_s", mttr_s)):
+        if not value > 0:
+            raise InvalidInput(field, value, "seconds above zero")
+    outages = []
+    for cluster, part, index in targets:
+        at = rng.exponential(mtbf_s)
+        while at < until_s:
+            seconds = max(1e-3, rng.exponential(mttr_s))
+            outages.append(Outage(cluster, part, index, float(at), float(seconds)))
+            at += seconds + rng.exponential(mtbf_s)
+    return tuple(sorted(outages, key=lambda o: o.start_s))

@@ -1,0 +1,316 @@
+"""Recorded workloads: Mooncake JSONL and Azure CSV files, streamed, and the request mix of any workload."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.simulation.workloads import Arrival, Workload, check_cap, generators, require, require_count, require_positive
+
+# Arrivals that stand for an endless workload, and rows that stand for a long one.
+MIX_REQUESTS = 100_000
+MIX_BINS = 4096
+
+# Lines in which the tick of a trace is looked for.
+TICK_LINES = 1000
+
+# Far from where a float of seconds overflows.
+MAX_TIME = 10**18
+
+MOONCAKE_FIELDS = itemgetter("timestamp", "input_length", "output_length", "hash_ids")
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class MooncakeTrace:
+    """Mooncake JSONL: `timestamp`, `input_length`, `output_length`, `hash_ids`, optionally `session_id` or `chat_id`; plain or .gz.
+
+    Times begin at 0 with the first line. Mooncake's conversation trace is stamped in milliseconds, but its clock ticks every 3 s (all
+    timestamps within 3 ms of a multiple) with 10 requests a tick: played as it is, they arrive in volleys that nobody sent. A `chat_id`
+    beside a `parent_chat_id` (Bailian traces: `unit_s=1, block_tokens=16`) names a request, not a session, and is left out.
+
+    Attributes:
+        path: the file.
+        block_tokens: tokens per hash id, a property of the file.
+        rate_scale: the request rate over that of the file; divides the times.
+        jitter: spread the arrivals of one tick uniformly inside it, by the seed; their order stays.
+        tick_s: seconds of the file per tick; None for the smallest step between the timestamps of the first 1000 lines.
+        requests: arrivals after which it ends; None for all.
+        repeat: how often the file is played, end to end; None for ever. A repetition has block ids and sessions of its own.
+        unit_s: seconds per unit of `timestamp`.
+    """
+
+    path: str | os.PathLike[str]
+    block_tokens: int = 512
+    rate_scale: float = 1.0
+    jitter: bool = True
+    tick_s: float | None = None
+    requests: int | None = None
+    repeat: int | None = 1
+    unit_s: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_trace(self.path, self.rate_scale, self.requests, self.repeat)
+        require_count("trace.block_tokens", self.block_tokens)
+        require_positive("trace", unit_s=self.unit_s)
+        if self.tick_s is not None:
+            require_positive("trace", tick_s=self.tick_s)
+
+    def arrivals(self, seed: int) -> Iterator[Arrival]:
+        """As `Workload.arrivals`. Raises InvalidInput that names the file and line, at the line."""
+        (rng,) = generators(seed, 1)
+        tick_s = self._tick_s()
+        rows = _repeated(self._rows, self.path, self.repeat, tick_s)
+        return itertools.islice(_jittered(rows, tick_s, rng) if self.jitter else rows, self.requests)
+
+    def scaled(self, factor: float) -> "MooncakeTrace":
+        """As `Workload.scaled`."""
+        require_positive("scaled", factor=factor)
+        return dataclasses.replace(self, rate_scale=self.rate_scale * factor)
+
+    def _tick_s(self) -> float:
+        """Seconds per tick as played; 0 where every line has the same timestamp."""
+        if self.tick_s is not None:
+            return self.tick_s / self.rate_scale
+        times: list[float] = []
+        # A bad line is reported when it is played.
+        with contextlib.suppress(InvalidInput):
+            times.extend(row.time_s for row in itertools.islice(self._rows(), TICK_LINES))
+        return min((after - before for before, after in itertools.pairwise(times) if after > before), default=0.0)
+
+    def _rows(self) -> Iterator[Arrival]:
+        first: float | None = None
+        last: float = -MAX_TIME
+        for where, line in _lines(self.path):
+            try:
+                record = json.loads(line)
+                timestamp, tokens, output, ids = MOONCAKE_FIELDS(record)
+            except KeyError as error:
+                raise InvalidInput(where, sorted(record), f"a field {error}") from error
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InvalidInput(where, _short(line), f"one JSON object ({error})") from error
+            if type(timestamp) not in (int, float) or not last <= timestamp <= MAX_TIME:
+                expected = "a number" if first is None else f"a number, at least the {last} of the line before"
+                raise InvalidInput(f"{where} timestamp", timestamp, expected)
+            for name, value in (("input_length", tokens), ("output_length", output)):
+                if type(value) is not int or value < 1:
+                    raise InvalidInput(f"{where} {name}", value, "a whole number of tokens, at least 1")
+            blocks = -(-tokens // self.block_tokens)
+            if not isinstance(ids, list) or len(ids) != blocks:
+                expected = f"{blocks} ids for input_length={tokens} at block_tokens={self.block_tokens}"
+                raise InvalidInput(f"{where} hash_ids", f"{len(ids)} ids" if isinstance(ids, list) else ids, expected)
+            if set(map(type, ids)) != {int} or min(ids) < 0:
+                raise InvalidInput(f"{where} hash_ids", _short(str(ids)), "whole numbers, at least 0")
+            last = timestamp
+            first = timestamp if first is None else first
+            yield Arrival((timestamp - first) * self.unit_s / self.rate_scale, tokens, output, tuple(ids), _session(where, record))
+
+
+@dataclasses.dataclass(frozen=True)
+class AzureTrace:
+    """Azure CSV, plain or .gz: columns TIMESTAMP (a seventh digit of the second is dropped), ContextTokens, GeneratedTokens.
+
+    Times begin at 0 with the first line. Nothing is known of shared prefixes or sessions.
+
+    Attributes:
+        path: the file.
+        rate_scale: the request rate over that of the file; divides the times.
+        requests: arrivals after which it ends; None for all.
+        repeat: how often the file is played, end to end; None for ever.
+    """
+
+    path: str | os.PathLike[str]
+    rate_scale: float = 1.0
+    requests: int | None = None
+    repeat: int | None = 1
+
+    def __post_init__(self) -> None:
+        _check_trace(self.path, self.rate_scale, self.requests, self.repeat)
+
+    @property
+    def block_tokens(self) -> int:
+        """0: no blocks."""
+        return 0
+
+    def arrivals(self, seed: int) -> Iterator[Arrival]:
+        """As `Workload.arrivals`, the same for every seed. Raises InvalidInput that names the file and line, at the line."""
+        generators(seed, 0)
+        return itertools.islice(_repeated(self._rows, self.path, self.repeat, 0.0), self.requests)
+
+    def scaled(self, factor: float) -> "AzureTrace":
+        """As `Workload.scaled`."""
+        require_positive("scaled", factor=factor)
+        return dataclasses.replace(self, rate_scale=self.rate_scale * factor)
+
+    def _rows(self) -> Iterator[Arrival]:
+        lines = _lines(self.path)
+        where, header = next(lines, (f"{self.path}:1", ""))
+        columns = [name.strip() for name in header.split(",")]
+        for name in AZURE_COLUMNS:
+            if name not in columns:
+                raise InvalidInput(where, _short(header), f"a header with the column {name}")
+        time_at, tokens_at, output_at = map(columns.index, AZURE_COLUMNS)
+        first = last = None
+        for where, line in lines:
+            cells = line.strip().split(",")
+            if len(cells) != len(columns):
+                raise InvalidInput(where, _short(line), f"{len(columns)} cells")
+            moment = _moment(where, cells[time_at])
+            if last is not None and moment < last:
+                raise InvalidInput(f"{where} TIMESTAMP", cells[time_at], f"a time not before {last} of the line before")
+            last = moment
+            first = first or moment
+            tokens, output = _count(where, "ContextTokens", cells[tokens_at]), _count(where, "GeneratedTokens", cells[output_at])
+            yield Arrival((moment - first).total_seconds() / self.rate_scale, tokens, output)
+
+
+READERS: dict[str, type[MooncakeTrace] | type[AzureTrace]] = {".jsonl": MooncakeTrace, ".csv": AzureTrace}
+
+
+def open_workload(path: str | os.PathLike[str], **options: Any) -> Workload:
+    """The reader of a trace by its name: .jsonl or .csv, or either with .gz; `options` are the reader's attributes.
+
+    Raises:
+        InvalidInput: no such file, another suffix, an option that the reader does not have or refuses.
+    """
+    reader = READERS.get(Path(os.fspath(path).removesuffix(".gz")).suffix)
+    if reader is None:
+        raise InvalidInput("trace.path", os.fspath(path), f"a name that ends in {' or '.join(READERS)}, or these with .gz")
+    known = [field.name for field in dataclasses.fields(reader)][1:]
+    for name, value in options.items():
+        require(name in known, f"trace.{name}", value, f"an option of {reader.__name__}: {', '.join(known)}")
+    return reader(path, **options)
+
+
+def trace_mix(workload: Workload, requests: int | None = None, bins: int = MIX_BINS) -> tuple[Mix, float]:
+    """The planner's view of a workload: its request mix, in at most `bins` rows, and its mean request rate per second.
+
+    `cached_pd` is what a cache without end would hold: the leading blocks that an earlier prompt had, less than the whole prompt.
+    Sessions count from the first that begins, so take enough `requests` for the first ones to end.
+
+    Args:
+        workload: played with seed 0.
+        requests: how many arrivals to look at; None for all, at most 100,000.
+        bins: rows of the mix.
+
+    Raises:
+        InvalidInput: counts below 1, fewer than two arrivals, or all of them at one time; what the workload raises.
+    """
+    check_cap("requests", requests)
+    require_count("bins", bins)
+    tokens: list[int] = []
+    outputs: list[int] = []
+    cached: list[int] = []
+    seen: set[int] = set()
+    begin = end = 0.0
+    for arrival in itertools.islice(workload.arrivals(0), requests or MIX_REQUESTS):
+        end = arrival.time_s
+        begin = begin if tokens else end
+        blocks = arrival.blocks
+        hit = next((i for i, block in enumerate(blocks) if block not in seen), len(blocks))
+        seen.update(blocks[hit:])
+        tokens.append(arrival.tokens)
+        outputs.append(arrival.output_tokens)
+        cached.append(min(hit * workload.block_tokens, arrival.tokens - 1))
+    require(end > begin, "workload", f"{len(tokens)} arrivals in {end - begin} s", "at least two arrivals, not all at one time")
+    return Mix.of(np.array(tokens), np.array(outputs), cached_pd=np.array(cached)).binned(bins), (len(tokens) - 1) / (end - begin)
+
+
+def _check_trace(path: str | os.PathLike[str], rate_scale: float, requests: int | None, repeat: int | None) -> None:
+    require(Path(path).is_file(), "trace.path", os.fspath(path), "a file that exists")
+    require_positive("trace", rate_scale=rate_scale)
+    check_cap("trace.requests", requests)
+    check_cap("trace.repeat", repeat)
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, each with "path:number"."""
+    path, number = os.fspath(path), 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}:{number + 1}", str(error), "a readable text file, gzip if its name ends in .gz") from error
+
+
+def _repeated(play: Callable[[], Iterator[Arrival]], path: str | os.PathLike[str], repeat: int | None, tick_s: float) -> Iterator[Arrival]:
+    """Plays a file again and again, one tick (the mean gap where there is none) after its end, with ids above all those before."""
+    start_s, first_block, first_session = 0.0, 0, 0
+    for _ in range(repeat) if repeat else itertools.count():
+        played, last_s, blocks_end, sessions_end = 0, start_s, first_block, first_session
+        for time_s, tokens, output, blocks, session in play():
+            played += 1
+            last_s = start_s + time_s
+            if blocks:
+                blocks = tuple(map(first_block.__add__, blocks)) if first_block else blocks
+                blocks_end = max(blocks_end, max(blocks) + 1)
+            if session >= 0:
+                session += first_session
+                sessions_end = max(sessions_end, session + 1)
+            yield Arrival(last_s, tokens, output, blocks, session)
+        if not played:
+            raise InvalidInput("trace.path", os.fspath(path), "at least one arrival")
+        gap_s = tick_s or (last_s - start_s) / max(played - 1, 1)
+        if not gap_s and repeat != 1:
+            raise InvalidInput("trace.repeat", repeat, "1 (or a tick_s) for a file whose arrivals have one time")
+        start_s, first_block, first_session = last_s + gap_s, blocks_end, sessions_end
+
+
+def _jittered(rows: Iterator[Arrival], tick_s: float, rng: np.random.Generator) -> Iterator[Arrival]:
+    """Spreads the arrivals of one time over a tick, or up to the next time where that is sooner."""
+    group: list[Arrival] = []
+    for row in itertools.chain(rows, [Arrival(math.inf, 1, 1)]):
+        if group and row.time_s > (start := group[0].time_s):
+            times = start + min(tick_s, row.time_s - start) * np.sort(rng.random(len(group)))
+            for time_s, waiting in zip(times.tolist(), group, strict=True):
+                yield Arrival(time_s, *waiting[1:])
+            group = []
+        group.append(row)
+
+
+def _session(where: str, record: dict[str, Any]) -> int:
+    """The session of a Mooncake line; names become numbers by their hash."""
+    name, value = "session_id", record.get("session_id")
+    if value is None and "parent_chat_id" not in record:
+        name, value = "chat_id", record.get("chat_id")
+    if value is None:
+        return -1
+    if isinstance(value, str):
+        return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
+    if type(value) is not int or value < -1:
+        raise InvalidInput(f"{where} {name}", value, "a name, a whole number of at least 0, or -1 for none")
+    return value
+
+
+def _moment(where: str, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidInput(f"{where} TIMESTAMP", text, "a time such as 2023-11-16 18:17:03.9799600") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _count(where: str, name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= 1):
+        raise InvalidInput(f"{where} {name}", text, "a whole number of tokens, at least 1")
+    return int(text)
+
+
+def _short(text: str) -> str:
+    return text.strip() if len(text) <= 80 else f"{text.strip()[:80]}..."
