@@ -1,14 +1,30 @@
-"""Two timescales of control: thresholds and prices from what egress and queues do, roles of instances from where the load goes.
+"""Two timescales of control: thresholds and prices from what links and requests do, roles of instances from where the load goes.
 
 A driver calls `observe` for every request that it places and `update` every few seconds, and carries out the actions. Clock and view are
 arguments, so the same object runs live, in the simulator and under a test's virtual clock.
 """
 
 import dataclasses
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from prfaas_jax.scheduling.view import ClusterView, Policy
+import numpy as np
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.scheduling.optimum import optimum
+from prfaas_jax.scheduling.policies import Threshold
+from prfaas_jax.scheduling.predictive import ShadowPrice
+from prfaas_jax.scheduling.prices import placement_prices
+from prfaas_jax.scheduling.throughput import CaseStudy
+from prfaas_jax.scheduling.topology import Topology
+from prfaas_jax.scheduling.view import ClusterView, Placement, Policy, Request
+
+# Requests that a controller remembers to know the mix by, and how few tell it nothing yet.
+WINDOW = 2048
+FEWEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +50,219 @@ Action = UsePolicy | Convert
 class Controller(Protocol):
     """Watches and acts; deterministic in its arguments and its own state."""
 
-    def observe(self, tokens: int, output_tokens: int, held: int, remote: bool, now: float) -> None:
-        """A request of `tokens` tokens, of which the region holds `held`, was placed."""
+    def observe(self, request: Request, placement: Placement, now: float) -> None:
+        """A request was placed."""
         ...
 
     def update(self, view: ClusterView, now: float) -> Sequence[Action]:
         """What to change now; nothing most of the time."""
         ...
+
+
+class RecentMix:
+    """The last `WINDOW` requests as a mix: prompt lengths, outputs, and the prefixes that either side held."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[int, int, int, int]] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def add(self, request: Request) -> None:
+        """Remembers a request; of prefixes the longest on each side."""
+        near, far = (x if isinstance(x, int) else int(x.max(initial=0)) for x in (request.cached_decode, request.cached_prefill))
+        most = request.tokens - 1
+        self._rows.append((request.tokens, request.output_tokens, min(near, most), min(far, most)))
+        self.count += 1
+
+    def mix(self) -> Mix | None:
+        """None as long as too few were seen."""
+        if len(self._rows) < FEWEST:
+            return None
+        tokens, output, near, far = np.array(self._rows, np.float64).T
+        return Mix.of(tokens, output, cached_pd=near, cached_prfaas=far)
+
+
+class AverageRates:
+    """What each link moves, as an exponential mean over the last `window_s` seconds."""
+
+    def __init__(self, window_s: float):
+        if not window_s > 0:
+            raise InvalidInput("window_s", window_s, "seconds above zero")
+        self._window_s = window_s
+        self._seen_at = -math.inf
+        self.rates: dict[tuple[str, str], float] = {}
+
+    def add(self, view: ClusterView, now: float) -> None:
+        """Takes the links' present rates in; raises InvalidInput for a view without links."""
+        share = 1.0 if self._seen_at == -math.inf else 1 - math.exp(-(now - self._seen_at) / self._window_s)
+        self._seen_at = now
+        for pair, rate in link_rates(view).items():
+            before = self.rates.get(pair, rate)
+            self.rates[pair] = before + share * (rate - before)
+
+
+class PriceController:
+    """Short timescale, for `ShadowPrice`: every `period_s`, prices of the mix of the last requests at what the links move on average.
+
+    On average, not now: a link that is slow for a minute delays what is sent, which the policy's predictions see, but drains it later.
+    Priced as if it stayed slow, it would be left idle when it recovers.
+    """
+
+    def __init__(self, topology: Topology, policy: ShadowPrice, period_s: float = 30.0, window_s: float = 300.0):
+        if not period_s > 0:
+            raise InvalidInput("prices.period_s", period_s, "seconds above zero")
+        self._topology, self._policy, self._period_s = topology, policy, period_s
+        self._recent, self._average = RecentMix(), AverageRates(window_s)
+        self._solved_at = -math.inf
+
+    def observe(self, request: Request, placement: Placement, now: float) -> None:
+        """See Controller."""
+        self._recent.add(request)
+
+    def update(self, view: ClusterView, now: float) -> Sequence[Action]:
+        """See Controller."""
+        self._average.add(view, now)
+        if now - self._solved_at < self._period_s or (mix := self._recent.mix()) is None:
+            return ()
+        self._solved_at = now
+        prices = placement_prices(present(self._topology, view), mix, self._average.rates)
+        self._policy = dataclasses.replace(self._policy, prices=prices)
+        return (UsePolicy(self._policy, f"prices of the last {min(self._recent.count, WINDOW)} requests"),)
+
+
+class ThresholdController:
+    """Short timescale, as the paper has it: t searched again on the last requests' incremental lengths when the egress or a queue is full.
+
+    The paper gives no triggers. Here: the link's capacity changed by more than a twentieth, or the work placed on it, or waiting in a
+    prefill queue, would take longer than `backlog_s`; at most every `period_s`. A new t is taken only if the model expects `gain` of it:
+    that is the hysteresis.
+    """
+
+    def __init__(self, case: CaseStudy, n_p: int, t: int, period_s: float = 15.0, backlog_s: float = 5.0, gain: float = 0.02):
+        self._case, self._n_p, self.t = case, n_p, t
+        self._period_s, self._backlog_s, self._gain = period_s, backlog_s, gain
+        self._recent = RecentMix()
+        self._searched_at = -math.inf
+        self._rate = case.b_out
+
+    def observe(self, request: Request, placement: Placement, now: float) -> None:
+        """See Controller."""
+        self._recent.add(request)
+
+    def update(self, view: ClusterView, now: float) -> Sequence[Action]:
+        """See Controller."""
+        mix = self._recent.mix()
+        if view.links is None or view.prefill.load is None or view.decode.load is None:
+            raise InvalidInput("view", view, "loads and links")
+        rate = float(view.links.bytes_per_s[0, 0])
+        full = [load.drained_at_s.max() - now > self._backlog_s for load in (view.prefill.load, view.decode.load)]
+        full.append(rate > 0 and view.links.pending_bytes[0, 0] / rate > self._backlog_s)
+        changed = abs(rate - self._rate) > 0.05 * self._rate
+        if mix is None or rate <= 0 or now - self._searched_at < self._period_s or not (changed or any(full)):
+            return ()
+        self._searched_at, self._rate = now, rate
+        case = dataclasses.replace(self._case, b_out=rate)
+        thresholds = np.append(np.arange(0.0, float(mix.uncached.max()) + 1, 250.0), self.t)
+        found = case.operate(mix, thresholds, self._n_p, "exact").lambda_max
+        best = int(np.argmax(found))
+        if found[best] < found[-1] * (1 + self._gain):
+            return ()
+        self.t = int(thresholds[best])
+        return (UsePolicy(Threshold(self.t), f"t searched again at {rate:.3g} bytes/s"),)
+
+
+class RoleController:
+    """Long timescale: instances of a region change between prefill and decode when another split sustains more of what comes.
+
+    Capacities of links are averaged over `window_s`, so that a link that goes up and down does not drag instances with it, and a split is
+    changed only if for `confirm` updates in a row the program expects at least `gain` of it; then one instance at a time, at least
+    `cooldown_s` apart. What draining costs (an instance is away for about an output's time and the change itself) is part of `gain`.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        period_s: float = 30.0,
+        window_s: float = 300.0,
+        gain: float = 0.05,
+        confirm: int = 3,
+        cooldown_s: float = 120.0,
+    ):
+        for field, value in (("period_s", period_s), ("cooldown_s", cooldown_s)):
+            if not value > 0:
+                raise InvalidInput(f"roles.{field}", value, "seconds above zero")
+        self._topology, self._period_s = topology, period_s
+        self._gain, self._confirm, self._cooldown_s = gain, confirm, cooldown_s
+        self._recent, self._average = RecentMix(), AverageRates(window_s)
+        self._looked_at = self._converted_at = -math.inf
+        self._votes: dict[tuple[str, str], int] = {}
+
+    def observe(self, request: Request, placement: Placement, now: float) -> None:
+        """See Controller."""
+        self._recent.add(request)
+
+    def update(self, view: ClusterView, now: float) -> Sequence[Action]:
+        """See Controller."""
+        self._average.add(view, now)
+        mix = self._recent.mix()
+        if mix is None or now - self._looked_at < self._period_s or now - self._converted_at < self._cooldown_s:
+            return ()
+        self._looked_at = now
+        links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._average.rates[x.prefill, x.decode])) for x in self._topology.links)
+        current = dataclasses.replace(present(self._topology, view), links=links)
+        best, expected = None, optimum(current, mix, 32).lambda_max * (1 + self._gain)
+        for region in current.regions:
+            for to, change in (("prefill", 1), ("decode", -1)):
+                split = dataclasses.replace(region, prefill=region.prefill + change, decode=region.decode - change)
+                if split.prefill < (0 if any(x.decode == region.name for x in links) else 1) or split.decode < 1:
+                    continue
+                regions = tuple(split if r is region else r for r in current.regions)
+                found = optimum(dataclasses.replace(current, regions=regions), mix, 32).lambda_max
+                if found > expected:
+                    best, expected = (region.name, to), found
+        votes = self._votes.get(best, 0) + 1 if best else 0
+        self._votes = {best: votes} if best else {}
+        if best is None or votes < self._confirm:
+            return ()
+        self._votes, self._converted_at = {}, now
+        to_role: Literal["prefill", "decode"] = "prefill" if best[1] == "prefill" else "decode"
+        return (Convert(best[0], to_role, f"expects {expected:.3g} requests/s of it"),)
+
+
+class Both:
+    """Controllers side by side; each sees everything, actions come in their order."""
+
+    def __init__(self, *controllers: Controller):
+        self._controllers = controllers
+
+    def observe(self, request: Request, placement: Placement, now: float) -> None:
+        """See Controller."""
+        for controller in self._controllers:
+            controller.observe(request, placement, now)
+
+    def update(self, view: ClusterView, now: float) -> Sequence[Action]:
+        """See Controller."""
+        return [action for controller in self._controllers for action in controller.update(view, now)]
+
+
+def link_rates(view: ClusterView) -> dict[tuple[str, str], float]:
+    """(prefill, decode) -> bytes/s by the view; raises InvalidInput for a view without links."""
+    if view.links is None:
+        raise InvalidInput("view.links", None, "links: this controller follows them")
+    return {
+        (p, d): float(view.links.bytes_per_s[i, j]) for i, p in enumerate(view.prefill.names) for j, d in enumerate(view.decode.names)
+    }
+
+
+def present(topology: Topology, view: ClusterView) -> Topology:
+    """The topology with the roles that regions have now, by the view's count of prefill instances."""
+    load = view.decode.load
+    if load is None:
+        raise InvalidInput("view.decode.load", None, "loads: this controller counts instances")
+    prefill = dict(zip(view.decode.names, (int(n) for n in load.instances), strict=True))
+    regions = []
+    for region in topology.regions:
+        n_p = min(prefill.get(region.name, region.prefill), region.instances - 1)
+        regions.append(dataclasses.replace(region, prefill=n_p, decode=region.instances - n_p))
+    linked = {link.decode for link in topology.links}
+    kept = tuple(r if r.prefill or r.name in linked else dataclasses.replace(r, prefill=1, decode=r.instances - 1) for r in regions)
+    return dataclasses.replace(topology, regions=kept)

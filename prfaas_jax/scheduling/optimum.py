@@ -2,9 +2,9 @@
 
 A path is a region's own prefill instances, or a prefill cluster and its link. The program gives each path a rate of each kind of request
 so that no instance, link, decode slot or byte of decode memory is used more than it is there, and the total, in the proportions of the
-mix, is largest. Every static rule (threshold, length-blind, ..) is one of its feasible points, so it bounds them all, in the exact
-reading of the throughput model. The duals say what one more unit of each resource would buy: the planner's advice, and prices for
-policies. Several clusters, regions and links are nothing special here.
+mix, is largest. A decode step takes what it takes at the batch that the whole mix allows. Every static rule (threshold, length-blind, ..)
+is one of its feasible points, so it bounds them all, in the exact reading of the throughput model. The duals say what one more unit of
+each resource would buy: the planner's advice, and prices for policies. Several clusters, regions and links are nothing special here.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from prfaas_jax.errors import InvalidInput, PrfaasError
+from prfaas_jax.errors import PrfaasError
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.profiles import prefill_s_of
-from prfaas_jax.scheduling.throughput import decode_batch, decode_step_s
+from prfaas_jax.scheduling.throughput import check_longest, decode_batch, decode_step_s
 from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology
 
 BINS = 64
@@ -121,10 +121,8 @@ def check_lengths(topology: Topology, mix: Mix) -> None:
     """Raises InvalidInput when the mix has prompts beyond the range of a profile in the topology."""
     longest = float(mix.tokens.max())
     for cluster in topology.clusters:
-        prefills = isinstance(cluster, PrefillCluster) or cluster.prefill > 0
-        if prefills and longest > cluster.instance.prefill.max_tokens:
-            limit = f"at most {cluster.instance.prefill.max_tokens}, where profile {cluster.instance.name} ends"
-            raise InvalidInput("mix.tokens", longest, limit)
+        if isinstance(cluster, PrefillCluster) or cluster.prefill > 0:
+            check_longest(cluster.instance, longest)
 
 
 def _paths(topology: Topology) -> list[tuple[PrefillCluster | None, Region, Link | None]]:
@@ -133,9 +131,7 @@ def _paths(topology: Topology) -> list[tuple[PrefillCluster | None, Region, Link
     return [*local, *remote]
 
 
-def _constraints(
-    topology: Topology, rows: Mix, paths: Sequence[tuple[PrefillCluster | None, Region, Link | None]]
-) -> list[_Constraint]:
+def _constraints(topology: Topology, rows: Mix, paths: Sequence[tuple[PrefillCluster | None, Region, Link | None]]) -> list[_Constraint]:
     found: list[_Constraint] = []
     shipped = topology.kv.bytes_of(rows.tokens, rows.cached_pd)
 
@@ -156,16 +152,12 @@ def _constraints(
         if region.prefill:
             seconds = prefill_s_of(region.instance.prefill, rows.uncached, rows.cached_pd)
             add("local_prefill", region.name, "instance", region.prefill, 1.0, seconds, [c is None and r is region for c, r, _ in paths])
-        batch = decode_batch(region.instance, topology.kv, rows)
-        step = decode_step_s(region.instance, batch, rows)
-        memory = batch < region.instance.max_batch
-        if memory:
-            # A long context displaces more short ones than its share of slots.
-            bytes_held = topology.kv.bytes_of(rows.tokens + rows.output / 2) * rows.output * step
-            each = region.instance.kv_memory_bytes
-            add("decode_memory", region.name, "instance", region.decode * each, each, bytes_held, ours)
-        else:
-            add("decode", region.name, "instance", region.decode * batch, batch, rows.output * step, ours)
+        stay_s = rows.output * decode_step_s(region.instance, decode_batch(region.instance, topology.kv, rows), rows)
+        batch, memory = region.instance.max_batch, region.instance.kv_memory_bytes
+        add("decode", region.name, "instance", region.decode * batch, batch, stay_s, ours)
+        # Beside the slots: a region that is given the long contexts runs out of memory first, one that is given the short ones of slots.
+        held = topology.kv.bytes_of(rows.tokens + rows.output)
+        add("decode_memory", region.name, "instance", region.decode * memory, memory, held * stay_s, ours)
         nic = region.instance.nic_bytes_per_s
         remote = [c is not None and r is region for c, r, _ in paths]
         add("egress", f"{region.name} ingress", "instance", region.decode * nic, nic, shipped, remote)

@@ -213,5 +213,7 @@ class Instance:
         for field in ("kv_memory_bytes", "nic_bytes_per_s", "cost_per_hour"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(f"instance {self.name}.{field}", getattr(self, field), "a number above zero")
+        if math.isinf(self.cost_per_hour):
+            raise InvalidInput(f"instance {self.name}.cost_per_hour", self.cost_per_hour, "a finite number")
         if self.basis not in ("fitted", "measured", "bound"):
             raise InvalidInput(f"instance {self.name}.basis", self.basis, "fitted, measured or bound")

@@ -70,6 +70,7 @@ class Load:
         free_at_s: when the instance with least prefill work will have done all that it has, in seconds of the driver's clock.
         drained_at_s: when all of them would have, if the work were spread evenly.
         jobs: prompts waiting or running on the instance with least work.
+        fresh: of these, prompts of which no chunk has been computed yet.
         free_slots: requests that decode could take at once; 0 for prefill clusters.
         waiting: requests whose KV is there and that wait for a decode slot or pages.
         slots: decode slots in all.
@@ -79,6 +80,7 @@ class Load:
     free_at_s: Float64[np.ndarray, " servers"]
     drained_at_s: Float64[np.ndarray, " servers"]
     jobs: Float64[np.ndarray, " servers"]
+    fresh: Float64[np.ndarray, " servers"]
     free_slots: Float64[np.ndarray, " servers"]
     waiting: Float64[np.ndarray, " servers"]
     slots: Float64[np.ndarray, " servers"]
@@ -138,12 +140,14 @@ class Links:
         bytes_per_s: what the pair can move now, by the latest estimate; 0 where there is no link or it is down.
         transfer_bytes_per_s: the most that one transfer gets of it.
         rtt_s: round trip time.
-        pending_bytes: of requests placed on the pair and not yet arrived, those still computing included.
+        pending: requests placed on the pair whose KV has not arrived yet, those still computing included.
+        pending_bytes: KV bytes of these requests, each counted whole until its last byte has arrived.
     """
 
     bytes_per_s: Float64[np.ndarray, "prefill decode"]
     transfer_bytes_per_s: Float64[np.ndarray, "prefill decode"]
     rtt_s: Float64[np.ndarray, "prefill decode"]
+    pending: Float64[np.ndarray, "prefill decode"]
     pending_bytes: Float64[np.ndarray, "prefill decode"]
 
 

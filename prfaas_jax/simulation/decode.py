@@ -27,28 +27,46 @@ class DecodeTask:
 class DecodeInstance:
     """At most `max_batch` requests within the memory for caches. The pace is 1 / step time of the batch as it stands.
 
-    Contexts grow while a batch runs; the step time follows at every join and leave, and at least every `REFRESH` tokens.
+    Contexts grow while a batch runs: the pace is that of the middle of the time until the next leave, at most `REFRESH` tokens away.
+    `drained()` comes once, when an instance that is `draining` and up has nothing left to do.
     """
 
     REFRESH = 256.0
 
     __slots__ = (
-        *("_contexts", "_done", "_heap", "_kernel", "_order", "_pace", "_since", "_version", "draining", "drained", "free_bytes"),
-        *("generated", "index", "instance", "progress", "region", "running", "slot_s", "up"),
+        *(
+            "_contexts",
+            "_done",
+            "_grows",
+            "_heap",
+            "_kernel",
+            "_order",
+            "_pace",
+            "_planned",
+            "_since",
+            "_step_s",
+            "_version",
+            "draining",
+            "drained",
+        ),
+        *("free_bytes", "generated", "index", "instance", "max_batch", "progress", "region", "running", "slot_s", "up"),
     )
 
     def __init__(self, kernel: Kernel, instance: Instance, done: Callable[[DecodeTask], None], region: Any = None, index: int = 0):
         if instance.decode is None:
             raise InvalidInput(f"instance {instance.name}.decode", None, "decode times")
         self._kernel, self.instance, self._done = kernel, instance, done
+        self._step_s, self.max_batch = instance.decode.step_s, instance.max_batch
+        self._grows = self._step_s(1, 0.0) != self._step_s(1, 1e9)  # whether steps take longer as contexts grow
         self.region, self.index = region, index
         self._heap: list[tuple[float, int, DecodeTask]] = []
         self._order = itertools.count()
         self._since = 0.0
         self._pace = 0.0
+        self._planned = -1.0  # progress at the event to come; below 0 where there is none
         self._contexts = 0.0
         self._version = 0
-        self.progress = 0.0  # tokens that each request running from the start on would have
+        self.progress = 0.0  # tokens that each request running since the batch began would have
         self.running = 0
         self.free_bytes = instance.kv_memory_bytes
         self.generated = 0.0
@@ -59,12 +77,16 @@ class DecodeInstance:
 
     def fits(self, task: DecodeTask) -> bool:
         """Whether the request could join now."""
-        return self.up and not self.draining and self.running < self.instance.max_batch and task.kv_bytes <= self.free_bytes
+        return self.running < self.max_batch and task.kv_bytes <= self.free_bytes and self.up and not self.draining
 
     def join(self, task: DecodeTask) -> None:
         """Adds a request, which must fit, to the batch."""
         if not self.fits(task):
             raise InvalidInput("decode task", task.kv_bytes, f"one that fits: {self.running} running, {self.free_bytes} bytes free")
+        self.take(task)
+
+    def take(self, task: DecodeTask) -> None:
+        """Adds a request that is known to fit."""
         self.advance()
         self.running += 1
         self.free_bytes -= task.kv_bytes
@@ -75,13 +97,13 @@ class DecodeInstance:
         self._plan()
 
     def generated_of(self, task: DecodeTask) -> int:
-        """Whole tokens that a running request has so far."""
+        """Whole tokens that a running request has so far; it has its last one when it leaves, not before."""
         self.advance()
-        return min(task.tokens, int(self.progress - task.joined_at + 1e-9))
+        return min(task.tokens - 1, int(self.progress - task.joined_at + 1e-6))
 
     def cancel(self, task: DecodeTask) -> None:
-        """Takes a running request out."""
-        self.advance()
+        """Takes a running request out; `generated` of it says how far it got."""
+        task.generated = self.generated_of(task)
         self._leave(task)
         self._plan()
 
@@ -99,16 +121,19 @@ class DecodeInstance:
     def recover(self) -> None:
         """Takes requests again."""
         self.up = True
+        self._plan()
 
     def advance(self) -> None:
         """Brings progress and counters to now."""
-        elapsed = self._kernel.now - self._since
-        self._since = self._kernel.now
+        now = self._kernel.now
+        elapsed = now - self._since
+        self._since = now
         if elapsed > 0 and self.running:
             tokens = elapsed * self._pace
             self.progress += tokens
-            self.generated += tokens * self.running
-            self._contexts += tokens * self.running
+            tokens *= self.running
+            self.generated += tokens
+            self._contexts += tokens
             self.slot_s += elapsed * self.running
 
     def _leave(self, task: DecodeTask) -> None:
@@ -117,28 +142,43 @@ class DecodeInstance:
         self.free_bytes += task.kv_bytes
         self._contexts -= task.context + (self.progress - task.joined_at)
         if not self.running:
-            self._contexts, self.free_bytes = 0.0, self.instance.kv_memory_bytes  # no rounding adds up
+            # No rounding adds up.
+            self._contexts, self.progress, self.free_bytes = 0.0, 0.0, self.instance.kv_memory_bytes
+            self._heap.clear()
 
     def _plan(self) -> None:
-        self._version += 1
-        heap = self._heap
-        while heap and not heap[0][2].running:
-            heapq.heappop(heap)
-        if not heap:
-            if self.draining and self.drained is not None:
+        """Schedules the next leave or refresh, unless it is scheduled already."""
+        heap, running, contexts = self._heap, self.running, self._contexts
+        if not running:
+            self._version += 1
+            self._planned = -1.0
+            if self.draining and self.up and self.drained is not None:
                 self.drained(self)
             return
-        assert self.instance.decode is not None  # __init__
-        self._pace = 1.0 / self.instance.decode.step_s(self.running, self._contexts)
-        tokens = min(max(0.0, heap[0][0] - self.progress), self.REFRESH)
-        self._kernel.at(self._kernel.now + tokens / self._pace, self._event, self._version)
+        while not heap[0][2].running:
+            heapq.heappop(heap)
+        target = heap[0][0]
+        step_s = self._step_s(running, contexts)
+        if self._grows:
+            target = min(target, self.progress + self.REFRESH)
+            # A step sees the tokens of the steps before it, not its own.
+            grown = max(0.0, target - self.progress - 1.0)
+            step_s = self._step_s(running, contexts + 0.5 * running * grown)
+        pace = 1.0 / step_s
+        if pace == self._pace and target == self._planned:
+            return
+        self._version += 1
+        self._pace, self._planned = pace, target
+        self._kernel.at(self._kernel.now + max(0.0, target - self.progress) / pace, self._event, self._version)
 
     def _event(self, version: int) -> None:
         if version != self._version:
             return
         self.advance()
-        heap, ended = self._heap, []
-        while heap and (not heap[0][2].running or heap[0][0] <= self.progress + 1e-6):
+        self._planned = -1.0
+        heap, reached = self._heap, self.progress + 1e-6
+        ended: list[DecodeTask] = []
+        while heap and (heap[0][0] <= reached or not heap[0][2].running):
             task = heapq.heappop(heap)[2]
             if task.running:
                 self._leave(task)

@@ -5,21 +5,26 @@ dead instance is placed again. Requests are never lost: they are placed again, o
 """
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import Convert, UsePolicy
 from prfaas_jax.simulation.decode import DecodeInstance, DecodeTask
+from prfaas_jax.simulation.links import Pair, Transfer
 from prfaas_jax.simulation.pools import DecodePool, PrefillPool
 from prfaas_jax.simulation.prefill import PrefillInstance
+from prfaas_jax.simulation.prefix_cache import PrefixCache
 from prfaas_jax.simulation.scenario import LinkPlan, Outage
+from prfaas_jax.simulation.unloaded import window_rate
 
 if TYPE_CHECKING:
     from prfaas_jax.simulation.simulator import Simulation
 
 Changes = Iterator[tuple[float, float]]
+
+# Changes of links and turns of controllers in a row that may leave all requests parked: then nothing will help them.
+IDLE_TURNS = 100
 
 
 def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outages: Sequence[Outage]) -> None:
@@ -28,7 +33,7 @@ def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outag
         link = sim.topology.link(cluster, region)
         if link is None:
             raise InvalidInput("links", (cluster, region), f"one of {[(x.prefill, x.decode) for x in sim.topology.links]}")
-        _next_change(sim, sim.row[cluster], sim.row[region], plan.changes(link.bytes_per_s), link.transfer_bytes_per_s)
+        _next_change(sim, sim.cluster_row[cluster], sim.region_row[region], plan.changes(link.bytes_per_s), window_rate(link))
     for outage in outages:
         pools: Sequence[PrefillPool | DecodePool] = (*sim.prefill, *sim.local) if outage.part == "prefill" else sim.decode
         pool = next((p for p in pools if p.name == outage.cluster), None)
@@ -42,83 +47,114 @@ def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outag
 # --- links -------------------------------------------------------------------------------------------------------------------------
 
 
-def _next_change(sim: "Simulation", cluster: int, region: int, changes: Changes, cap: float) -> None:
+def _next_change(sim: "Simulation", cluster: int, region: int, changes: Changes, window: float) -> None:
     change = next(changes, None)
     if change is not None:
-        sim.kernel.at(change[0], lambda _: _change(sim, cluster, region, change[1], changes, cap))
+        sim.kernel.at(change[0], lambda _: _change(sim, cluster, region, change[1], changes, window))
 
 
-def _change(sim: "Simulation", cluster: int, region: int, capacity: float, changes: Changes, cap: float) -> None:
-    pair, back = sim.pairs[cluster][region], sim.reverse[cluster][region]
-    assert pair is not None and back is not None  # schedule() found the link
-    pair.set_capacity(capacity)
-    back.set_capacity(capacity)
-    if not capacity:
-        down_since = sim.kernel.now
-        sim.kernel.at(down_since + sim.options.stall_s, lambda _: _give_up(sim, cluster, region, down_since))
-        pair.down_since = back.down_since = down_since
-    sim.kernel.at(sim.kernel.now + sim.options.detect_s, lambda _: _tell(sim, cluster, region, cap))
-    if sim.jobs or sim.left:  # a link that nobody uses any more must not keep the clock running
-        _next_change(sim, cluster, region, changes, cap)
-
-
-def _tell(sim: "Simulation", cluster: int, region: int, cap: float) -> None:
-    """The router's view follows; a cluster that no link reaches is not healthy."""
-    links, pair = sim.view.links, sim.pairs[cluster][region]
-    assert links is not None and pair is not None  # schedule() found the link
-    links.bytes_per_s[cluster, region] = pair.capacity
-    links.transfer_bytes_per_s[cluster, region] = min(pair.capacity, cap)
-    _refresh_health(sim)
-    _unpark(sim)
-
-
-def _give_up(sim: "Simulation", cluster: int, region: int, down_since: float) -> None:
-    """Transfers that have stood still since then are placed again."""
+def _change(sim: "Simulation", cluster: int, region: int, capacity: float, changes: Changes, window: float) -> None:
     for table in (sim.pairs, sim.reverse):
         pair = table[cluster][region]
         assert pair is not None  # schedule() found the link
-        if pair.capacity or pair.down_since != down_since:
-            return
-        for transfer in list(pair.open):
-            copied, job = transfer.copied_tokens > 0, transfer.owner
-            if copied or not math.isnan(job.computed_s):  # others may still be computing when it comes back
-                sim.retry(job)
-    sim.kernel.at(sim.kernel.now + max(sim.options.stall_s, 0.1), lambda _: _give_up(sim, cluster, region, down_since))
+        pair.set_capacity(capacity)
+        for transfer in pair.open:
+            watch(sim, pair, transfer)
+    sim.kernel.at(sim.kernel.now + sim.options.detect_s, lambda _: _tell(sim, cluster, region, window))
+    if _going(sim):
+        _next_change(sim, cluster, region, changes, window)
+
+
+def _tell(sim: "Simulation", cluster: int, region: int, window: float) -> None:
+    """The router's view follows; a cluster that no link reaches is not healthy."""
+    pair = sim.pairs[cluster][region]
+    assert pair is not None  # schedule() found the link
+    sim.view_links.bytes_per_s[cluster, region] = pair.capacity
+    sim.view_links.transfer_bytes_per_s[cluster, region] = min(pair.capacity, window)
+    refresh_health(sim)
+    _unpark(sim)
+
+
+def watch(sim: "Simulation", pair: Pair, transfer: Transfer) -> None:
+    """Gives up a transfer that stands still from now on, unless its link comes back within `stall_s`.
+
+    While its prompt is still being computed nothing is lost by waiting, so a transfer is watched once it is closed.
+    """
+    since = pair.down_since
+    if not (transfer.active and transfer.closed and pair.capacity == 0):
+        return
+
+    def give_up(_: object) -> None:
+        if transfer.active and pair.down_since == since:
+            sim.retry(transfer.owner)
+
+    sim.kernel.at(sim.kernel.now + sim.options.stall_s, give_up)
+
+
+def _going(sim: "Simulation") -> bool:
+    """Whether changes and controllers go on: not when all requests are over, nor when they cannot help those that are parked."""
+    if sim.left or len(sim.jobs) > len(sim.parked):
+        sim.idle_turns = 0
+        return True
+    sim.idle_turns += 1
+    return bool(sim.jobs) and sim.idle_turns <= IDLE_TURNS
 
 
 # --- instances ---------------------------------------------------------------------------------------------------------------------
 
 
 def _fail(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: object) -> None:
-    if not instance.up:
+    sim.down[instance] = sim.down.get(instance, 0) + 1
+    if sim.down[instance] > 1:
         return
+    pool = _pool(instance)
     lost = [task.owner for task in instance.fail()]
-    _pool(instance).refresh()
+    pool.refresh()
+    _forget(sim)
     for job in lost:
         sim.retry(job)
-    sim.kernel.at(sim.kernel.now + sim.options.detect_s, lambda _: _refresh_health(sim))
+
+    def known(_: object) -> None:
+        refresh_health(sim)
+        if isinstance(pool, DecodePool) and not pool.alive:
+            # What waits there has lost its KV.
+            for task in list(pool.waiting):
+                sim.retry(task.owner)
+
+    sim.kernel.at(sim.kernel.now + sim.options.detect_s, known)
+
+
+def _forget(sim: "Simulation") -> None:
+    """Empties the prefix caches of clusters that have no instance up."""
+    parts: list[tuple[PrefixCache, list[PrefillPool | DecodePool]]] = [(c, [p]) for c, p in zip(sim.far_caches, sim.prefill, strict=False)]
+    parts += [(c, [p, d]) for c, p, d in zip(sim.near_caches, sim.local, sim.decode, strict=False)]
+    for cache, pools in parts:
+        if not any(i.up for pool in pools for i in pool.instances):
+            cache.clear()
 
 
 def take_from_decode(sim: "Simulation", task: DecodeTask) -> int:
-    """Takes a request out of decode, whether it runs, waits or was thrown out; tokens that it had generated after the first."""
-    if task.running and task.instance is not None:
-        generated = task.instance.generated_of(task)
-        task.instance.cancel(task)
-        return generated
+    """Takes a request out of decode, whether it runs, waits or was thrown out; tokens that it has streamed since it joined."""
     if task.instance is None:
-        sim.decode[task.owner.region].waiting.remove(task)
-    return task.generated
+        pool = sim.decode[task.owner.region]
+        pool.waiting.remove(task)
+        pool.pump()
+        return 0
+    if task.running:
+        task.instance.cancel(task)
+    return 1 + task.generated
 
 
 def _recover(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: object) -> None:
-    instance.recover()
+    sim.down[instance] -= 1
+    if sim.down[instance]:
+        return
     pool = _pool(instance)
+    instance.recover()
     pool.refresh()
-    if isinstance(pool, DecodePool):
-        pool.pump()
 
     def known(_: object) -> None:
-        _refresh_health(sim)
+        refresh_health(sim)
         _unpark(sim)
 
     sim.kernel.at(sim.kernel.now + sim.options.detect_s, known)
@@ -130,11 +166,10 @@ def _pool(instance: PrefillInstance | DecodeInstance) -> PrefillPool | DecodePoo
     return pool
 
 
-def _refresh_health(sim: "Simulation") -> None:
-    links = sim.view.links
-    assert links is not None  # the simulator's view has them
+def refresh_health(sim: "Simulation") -> None:
+    """What the router knows from now on."""
     for i, pool in enumerate(sim.prefill):
-        sim.view.prefill.healthy[i] = pool.alive and bool(links.bytes_per_s[i].any())
+        sim.view.prefill.healthy[i] = pool.alive and bool(sim.view_links.bytes_per_s[i].any())
     for i, decode in enumerate(sim.decode):
         sim.view.decode.healthy[i] = decode.alive
 
@@ -158,15 +193,20 @@ def control(sim: "Simulation") -> None:
             _convert(sim, action)
         else:
             raise InvalidInput("action", action, "UsePolicy or Convert")
-    if sim.jobs or sim.left:
-        sim.kernel.at(sim.kernel.now + sim.options.control_s, lambda _: control(sim))
+    if _going(sim):
+        sim.kernel.at(sim.kernel.now + sim.options.control_s, control, sim)
 
 
 def _convert(sim: "Simulation", action: Convert) -> None:
-    """Drains one instance and gives it the other role; refused where it is the last of its role or nothing of that kind is up."""
-    region = sim.row.get(action.region, -1)
+    """Drains one instance and gives it the other role; refused where no other decodes, or no other could prefill for the region.
+
+    One that fails while it drains changes its role after it has come back.
+    """
     if action.region not in sim.regions:
         raise InvalidInput("convert.region", action.region, f"one of {sim.regions}")
+    if action.to not in ("prefill", "decode"):
+        raise InvalidInput("convert.to", action.to, "prefill or decode")
+    region = sim.region_row[action.region]
     source: PrefillPool | DecodePool = sim.decode[region] if action.to == "prefill" else sim.local[region]
     able = [i for i in source.instances if i.up and not i.draining]
     reached = any(pairs[region] is not None for pairs in sim.pairs)
@@ -178,8 +218,7 @@ def _convert(sim: "Simulation", action: Convert) -> None:
 
     def changed(_: object) -> None:
         target.add()
-        target.refresh()
-        _refresh_health(sim)
+        refresh_health(sim)
         _unpark(sim)
 
     def drained(_: object) -> None:
@@ -187,9 +226,7 @@ def _convert(sim: "Simulation", action: Convert) -> None:
         source.instances.remove(instance)  # type: ignore[arg-type]  # it came from there
         sim.kernel.at(sim.kernel.now + sim.options.convert_s, changed)
 
-    instance.draining = True
+    instance.draining, instance.drained = True, drained
     source.refresh()
-    if (instance.jobs if isinstance(instance, PrefillInstance) else instance.running) == 0:
+    if not (instance.jobs if isinstance(instance, PrefillInstance) else instance.running):
         drained(instance)
-    else:
-        instance.drained = drained

@@ -12,13 +12,14 @@ from prfaas_jax.simulation.workloads import Arrival
 class Job:
     """Times are absolute simulated seconds, NaN until they have come; `tokens` and `output` grow and shrink when a decode is restarted.
 
-    `placed_s` is of the last placement; `attempts` counts placements; `fallbacks` those that a failure forced.
+    `placed_s`, `begun_s`, `computed_s`, `kv_s` are of the last placement, `path` has them of the one that gave the first token; `attempts`
+    counts placements; `fallbacks` those that a failure forced. `sent_bytes` went towards the region, `returned_bytes` to the prefill side.
     """
 
     __slots__ = (
         *("arrival", "attempts", "begun_s", "cached", "cluster", "computed_s", "decode", "done_s", "fallbacks", "first_s", "held", "id"),
-        *("kv_bytes", "kv_s", "output", "pair", "pending_bytes", "placed_s", "prefill", "reason", "region", "released", "sent_bytes"),
-        *("tokens", "transfer", "unloaded_s", "want_bytes"),
+        *("kv_s", "output", "pair", "path", "pending_bytes", "placed_s", "prefill", "reason", "region", "released", "returned_bytes"),
+        *("sent_bytes", "tokens", "transfer", "unloaded_s", "want_bytes"),
     )
 
     def __init__(self, number: int, arrival: Arrival, unloaded_s: float):
@@ -33,7 +34,8 @@ class Job:
         self.transfer: Transfer | None = None
         self.pair: Pair | None = None
         self.decode: DecodeTask | None = None
-        self.released = self.want_bytes = self.pending_bytes = self.sent_bytes = self.kv_bytes = 0.0
+        self.path = (math.nan, math.nan, math.nan, math.nan)
+        self.released = self.want_bytes = self.pending_bytes = self.sent_bytes = self.returned_bytes = 0.0
         self.placed_s = self.begun_s = self.computed_s = self.kv_s = self.first_s = self.done_s = math.nan
 
     @property
@@ -53,7 +55,12 @@ class Job:
         return self.done_s - self.arrival.time_s
 
     def row(self, clusters: tuple[str, ...], regions: tuple[str, ...]) -> dict[str, Any]:
-        """The request's row of the table. The parts of TTFT are of the placement that succeeded; `before_s` went to earlier ones."""
+        """The request's row of the table; seconds, tokens, bytes.
+
+        TTFT is the sum of its parts: `before_s` until the placement that gave the first token, `queue_s` (with copying a prefix) until its
+        prefill began, `prefill_s`, `transfer_s` that the prefill did not hide, `admit_s` until it joined a decode batch.
+        """
+        placed, begun, computed, kv = self.path
         return {
             "request": self.id,
             "arrival_s": self.arrival.time_s,
@@ -66,8 +73,14 @@ class Job:
             "cached": self.cached,
             "held": self.held,
             "kv_bytes": self.sent_bytes,
+            "returned_bytes": self.returned_bytes,
             "attempts": self.attempts,
             "fallbacks": self.fallbacks,
+            "before_s": placed - self.arrival.time_s,
+            "queue_s": begun - placed,
+            "prefill_s": computed - begun,
+            "transfer_s": kv - computed,
+            "admit_s": self.first_s - kv,
             "ttft_s": self.ttft_s,
             "tpot_s": self.tpot_s,
             "e2e_s": self.e2e_s,

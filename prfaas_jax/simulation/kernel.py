@@ -1,9 +1,9 @@
 """The clock of a simulation: a heap of events, run in order of time; events of one moment run in the order in which they were made."""
 
-import heapq
 import itertools
 import math
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
@@ -24,18 +24,21 @@ class Kernel:
 
     def at(self, time: float, handler: Handler, argument: Any = None) -> None:
         """Calls `handler(argument)` at `time`, which must not lie in the past; infinite times never come."""
-        if time < self.now:
+        if not time >= self.now:
             raise InvalidInput("event time", time, f"a time from now on, {self.now}")
         if time < math.inf:
-            heapq.heappush(self._heap, (time, next(self._order), handler, argument))
+            heappush(self._heap, (time, next(self._order), handler, argument))
 
     def run(self, until: float = math.inf) -> None:
         """Runs events up to and including those at `until`, or until there are none; `now` ends at `until` if that is finite."""
-        heap, pop = self._heap, heapq.heappop
-        while heap and heap[0][0] <= until:
-            self.now, _, handler, argument = pop(heap)
-            self.events += 1
-            handler(argument)
+        heap, ran = self._heap, 0
+        try:
+            while heap and heap[0][0] <= until:
+                self.now, _, handler, argument = heappop(heap)
+                ran += 1
+                handler(argument)
+        finally:
+            self.events += ran
         if until < math.inf:
             self.now = max(self.now, until)
 

@@ -35,12 +35,13 @@ class Transfer:
 class Pair:
     """The transfers from one prefill cluster to one region.
 
-    `moved` counts the bytes that have gone, delivered or not; `capacity` and `transfer_cap` are in bytes/s.
+    `moved` counts the bytes that have gone, delivered or not, `backlog` those released that have not; `capacity` and `transfer_cap` are in
+    bytes/s. `down_since` is NaN while the capacity is above zero.
     """
 
     __slots__ = (
-        *("_delivered", "_heap", "_kernel", "_net", "_order", "_since", "_version", "active", "capacity", "delay_s"),
-        *("down_since", "egress", "ingress", "moved", "open", "rate", "served", "transfer_cap"),
+        *("_delivered", "_heap", "_kernel", "_net", "_order", "_since", "_version", "active", "backlog", "capacity"),
+        *("delay_s", "down_since", "egress", "pending", "to_come", "ingress", "moved", "open", "rate", "served", "transfer_cap"),
     )
 
     def __init__(
@@ -53,6 +54,7 @@ class Pair:
         ingress: str,
         delivered: Callable[[Transfer], None],
     ):
+        _check_capacity(capacity)
         self._net, self._kernel = net, net.kernel
         self.capacity, self.transfer_cap, self.delay_s, self.egress, self.ingress = capacity, transfer_cap, delay_s, egress, ingress
         self._delivered = delivered
@@ -60,11 +62,12 @@ class Pair:
         self._order = itertools.count()
         self._since = 0.0
         self._version = 0
-        self.down_since = math.nan  # the driver's note
+        self.down_since = math.nan if capacity else net.kernel.now
         self.active = 0
         self.rate = 0.0  # bytes/s of each active transfer
         self.served = 0.0
-        self.moved = 0.0
+        self.moved = self.backlog = 0.0
+        self.pending, self.to_come = 0, 0.0  # the driver's: requests, and bytes that they have not released
         self.open: dict[Transfer, None] = {}  # not yet delivered, in order of their start
 
     def start(self, owner: Any, copied_tokens: int = 0) -> Transfer:
@@ -74,66 +77,80 @@ class Pair:
         return transfer
 
     def release(self, transfer: Transfer, size: float, last: bool) -> None:
-        """Adds `size` bytes to what can travel; after the `last` ones the transfer is delivered once all have gone."""
+        """Adds `size` bytes to what can travel; after the `last` ones the transfer is delivered once all have gone.
+
+        Raises:
+            InvalidInput: a transfer that is closed, delivered or cancelled, or a size below 0.
+        """
         if transfer.closed or not transfer.waiting:
             raise InvalidInput("transfer", transfer.owner, "one that is neither closed nor over")
-        self._advance()
+        if not 0 <= size < math.inf:
+            raise InvalidInput("release", size, "bytes >= 0")
         transfer.closed = last
+        if not size:
+            if last and not transfer.active:
+                self._finish(transfer)
+            return
+        self.advance()
         transfer.released += size
-        was_active = transfer.active
-        transfer.ends = (transfer.ends if was_active else self.served) + size
-        if size > 0 or was_active:
-            heapq.heappush(self._heap, (transfer.ends, next(self._order), transfer))
-            if not was_active:
-                transfer.active = True
-                self.active += 1
-                self._net.share(self)
-            else:
-                self._plan()
-        elif last:
-            self._finish(transfer)
+        self.backlog += size
+        transfer.ends = (transfer.ends if transfer.active else self.served) + size
+        heapq.heappush(self._heap, (transfer.ends, next(self._order), transfer))
+        if transfer.active:
+            self._plan()
+        else:
+            transfer.active = True
+            self.active += 1
+            self._net.share(self)
 
     def cancel(self, transfer: Transfer) -> None:
         """Drops what has not gone yet; nothing is delivered."""
         if not transfer.waiting:
             return
-        self._advance()
+        self.advance()
         transfer.waiting = False
         self.open.pop(transfer, None)
         if transfer.active:
             transfer.active = False
             self.active -= 1
+            self.backlog -= max(0.0, transfer.ends - self.served)
+            self._rest()
             self._net.share(self)
 
     def remaining(self, transfer: Transfer) -> float:
         """Bytes that are released and have not gone."""
-        self._advance()
+        self.advance()
         return max(0.0, transfer.ends - self.served) if transfer.active else 0.0
 
     def set_capacity(self, capacity: float) -> None:
-        """From now on; 0 is an outage: transfers stand still."""
-        if not capacity >= 0:
-            raise InvalidInput("link capacity", capacity, "bytes/s >= 0")
-        self._advance()
+        """From now on; 0 is an outage: transfers stand still. Raises InvalidInput unless it is finite and >= 0."""
+        _check_capacity(capacity)
+        self.advance()
+        if not capacity and self.capacity:
+            self.down_since = self._kernel.now
+        elif capacity:
+            self.down_since = math.nan
         self.capacity = capacity
         self._net.share(self)
 
-    def _advance(self) -> None:
-        """Brings `served` and `moved` to now."""
+    def advance(self) -> None:
+        """Brings the counters to now."""
         gone = self.rate * (self._kernel.now - self._since)
         self._since = self._kernel.now
         self.served += gone
-        self.moved += gone * self.active
+        gone *= self.active
+        self.moved += gone
+        self.backlog -= gone
 
-    def share_alone(self) -> None:
-        """The fair rate where no cap is shared with other pairs; counters are up to date already."""
-        n = self.active
-        self.rate = min(self.capacity / n, self.transfer_cap) if n else 0.0
-        self._plan()
+    def _rest(self) -> None:
+        """Starts to count anew while nothing travels, so that rounding stays that of single transfers."""
+        if not self.active:
+            self.served = self.backlog = 0.0
+            self._heap.clear()
 
     def set_rate(self, rate: float) -> None:
         """For the Network, after it shared anew."""
-        self._advance()
+        self.advance()
         self.rate = rate
         self._plan()
 
@@ -150,7 +167,7 @@ class Pair:
     def _end(self, version: int) -> None:
         if version != self._version:
             return
-        self._advance()
+        self.advance()
         self.served = max(self.served, self._heap[0][0])  # rounding must not make an event come twice
         ended = []
         while self._heap and self._heap[0][0] <= self.served:
@@ -159,6 +176,7 @@ class Pair:
                 transfer.active = False
                 self.active -= 1
                 ended.append(transfer)
+        self._rest()
         self._net.share(self)
         for transfer in ended:
             if transfer.closed:
@@ -178,12 +196,12 @@ class Pair:
 
 
 class Network:
-    """All pairs, and the caps that some of them share: bytes/s that leave a prefill cluster's hosts or enter a region's."""
+    """All pairs, and the caps that some of them share: bytes/s that leave or enter the hosts of a cluster."""
 
     def __init__(self, kernel: Kernel, host_caps: dict[str, float] | None = None):
         self.kernel = kernel
         self._caps = {name: cap for name, cap in (host_caps or {}).items() if cap < math.inf}
-        self._pairs: list[Pair] = []
+        self._groups: dict[Pair, list[Pair]] = {}  # pairs that share a cap, however indirectly
 
     def add(
         self,
@@ -194,50 +212,52 @@ class Network:
         egress: str = "",
         ingress: str = "",
     ) -> Pair:
-        """A pair; `egress` and `ingress` name the host caps that it falls under, `delay_s` is what the last byte takes on its way."""
+        """A pair; `egress` and `ingress` name the host caps that it falls under, `delay_s` is what the last byte takes on its way.
+
+        Raises:
+            InvalidInput: a capacity that is not finite and >= 0.
+        """
         pair = Pair(self, capacity, transfer_cap, delay_s, egress, ingress, delivered)
-        self._pairs.append(pair)
+        if capped := {egress, ingress} & self._caps.keys():
+            group = [pair]
+            for other in [p for p in self._groups if capped & {p.egress, p.ingress}]:
+                group += [p for p in self._groups[other] if p not in group]
+            self._groups |= dict.fromkeys(group, group)
         return pair
 
     def share(self, changed: Pair) -> None:
-        """Max-min fair rates after a change on one pair; only pairs that share a host cap with it, however indirectly, are looked at."""
-        if not self._caps or (changed.egress not in self._caps and changed.ingress not in self._caps):
-            changed.share_alone()
+        """Max-min fair rates after a change on one pair, whose counters are up to date."""
+        group = self._groups.get(changed)
+        if group is None:
+            n = changed.active
+            changed.set_rate(min(changed.capacity / n, changed.transfer_cap) if n else 0.0)
             return
-        for pair, rate in zip(self._pairs, fair_rates(self._pairs, self._caps), strict=True):
-            pair.set_rate(rate)
+        for pair, rate in zip(group, fair_rates(group, self._caps), strict=True):
+            if rate != pair.rate or pair is changed:
+                pair.set_rate(rate)
 
 
 def fair_rates(pairs: Sequence[Pair], caps: dict[str, float]) -> list[float]:
-    """Bytes/s of each active transfer of each pair by progressive filling: all rates rise together until something is full."""
+    """Bytes/s of each active transfer of each pair, max-min fair: what is full first fixes the rates of those in it, again and again."""
     rates = [0.0] * len(pairs)
-    rising = {i for i, pair in enumerate(pairs) if pair.active}
-    left = [pair.capacity for pair in pairs]
-    left_caps = dict(caps)
-    level = 0.0
-    while rising:
-        # How much every rising rate may grow until the first of its constraints is full.
-        steps = [(left[i] / pairs[i].active, i) for i in rising] + [(pairs[i].transfer_cap - level, i) for i in rising]
-        flows = {name: sum(pairs[i].active for i in rising if name in (pairs[i].egress, pairs[i].ingress)) for name in left_caps}
-        shared = [(left_caps[name] / n, name) for name, n in flows.items() if n]
-        grow = max(0.0, min([s for s, _ in steps] + [s for s, _ in shared]))
-        level += grow
-        for i in rising:
-            rates[i] = level
-            left[i] -= grow * pairs[i].active
-        for name, n in flows.items():
-            left_caps[name] -= grow * n
-        tight = 1e-12 * (level + 1.0)
-        full = {name for name, n in flows.items() if n and left_caps[name] <= tight * n}
-        stop = {
-            i
-            for i in rising
-            if left[i] <= tight * pairs[i].active
-            or pairs[i].transfer_cap - level <= tight
-            or pairs[i].egress in full
-            or pairs[i].ingress in full
-        }
-        if not stop:
-            break  # nothing bounds them: infinite capacities
-        rising -= stop
+    limits = {i: min(pair.capacity / pair.active, pair.transfer_cap) for i, pair in enumerate(pairs) if pair.active}
+    names = {i: {pairs[i].egress, pairs[i].ingress} & caps.keys() for i in limits}
+    left = dict(caps)
+    while limits:
+        flows: dict[str, int] = {}
+        for i in limits:
+            for name in names[i]:
+                flows[name] = flows.get(name, 0) + pairs[i].active
+        level, full = min(((max(0.0, left[name]) / n, name) for name, n in flows.items()), default=(math.inf, ""))
+        # Pairs that need less than any shared cap would give them; else the tightest cap decides.
+        fixed = [i for i, limit in limits.items() if limit <= level] or [i for i in limits if full in names[i]]
+        for i in fixed:
+            rates[i] = min(limits.pop(i), level)
+            for name in names[i]:
+                left[name] -= rates[i] * pairs[i].active
     return rates
+
+
+def _check_capacity(capacity: float) -> None:
+    if not 0 <= capacity < math.inf:
+        raise InvalidInput("link capacity", capacity, "finite bytes/s >= 0")

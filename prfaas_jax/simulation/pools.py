@@ -1,5 +1,6 @@
 """The instances of one cluster behind one queue, and the row of the view that describes them."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ class PrefillPool:
         self._kernel, self.name, self.instance, self._chunk, self._rows = kernel, name, instance, chunk, rows
         self._servers, self._load, self.row = servers, servers.load, row
         self.instances: list[PrefillInstance] = []
+        self._taking: list[PrefillInstance] = []  # those that take prompts, as of the last refresh
+        self.alive = False  # whether there are any
         for _ in range(count):
             self.add()
 
@@ -29,36 +32,42 @@ class PrefillPool:
         self.refresh()
         return instance
 
-    @property
-    def alive(self) -> bool:
-        """Whether some instance takes prompts."""
-        return any(i.up and not i.draining for i in self.instances)
-
     def submit(self, task: PrefillTask) -> None:
-        """To the instance with least work left, the first at a tie; some instance must be alive."""
-        now = self._kernel.now
-        best = min((i for i in self.instances if i.up and not i.draining), key=lambda i: max(i.free_at, now))
+        """To the instance with least work left, the first at a tie; InvalidInput where none is alive."""
+        now, best, least = self._kernel.now, None, math.inf
+        for instance in self._taking:
+            free_at = instance.free_at
+            if free_at < now:
+                free_at = now
+            if free_at < least:
+                least, best = free_at, instance
+        if best is None:
+            raise InvalidInput("prefill pool", self.name, "one with an instance that takes prompts")
         best.submit(task)
-        self.refresh()
+        self.note()
 
     def refresh(self) -> None:
-        """Writes the pool's columns of the view."""
+        """Due after instances come, go, fail, recover or begin to drain."""
+        self._taking = [i for i in self.instances if i.up and not i.draining]
+        self.alive = bool(self._taking)
+        self._load.instances[self.row] = len(self._taking)
+        self.note()
+
+    def note(self) -> None:
+        """Writes into the view what the instances have to do; due after every change of it."""
         now, load, row = self._kernel.now, self._load, self.row
-        count, total, least, best = 0, 0.0, float("inf"), None
-        for instance in self.instances:
-            if instance.up and not instance.draining:
-                count += 1
-                left = instance.free_at - now
-                if left <= 0.0:
-                    left = 0.0
-                total += left
-                if left < least:
-                    least, best = left, instance
-        load.instances[row] = count
+        total, least, best = 0.0, math.inf, None
+        for instance in self._taking:
+            left = instance.free_at - now
+            if left <= 0.0:
+                left = 0.0
+            total += left
+            if left < least:
+                least, best = left, instance
         if best is not None:
             load.free_at_s[row] = now + least
-            load.drained_at_s[row] = now + total / count
-            load.jobs[row] = best.jobs
+            load.drained_at_s[row] = now + total / len(self._taking)
+            load.jobs[row], load.fresh[row] = best.jobs, len(best.fresh)
 
 
 class DecodePool:
@@ -78,6 +87,8 @@ class DecodePool:
         self._kernel, self.name, self.instance, self._done = kernel, name, instance, done
         self._load, self.row = servers.load, row
         self.instances: list[DecodeInstance] = []
+        self._taking: list[DecodeInstance] = []  # those that take requests, as of the last refresh
+        self.alive = False  # whether there are any
         self.waiting: deque[DecodeTask] = deque()
         self.joined: Callable[[DecodeTask], None] = lambda task: None
         for _ in range(count):
@@ -87,13 +98,8 @@ class DecodePool:
         """One more instance, which takes waiting requests at once."""
         instance = DecodeInstance(self._kernel, self.instance, self._finish, self, len(self.instances))
         self.instances.append(instance)
-        self.pump()
+        self.refresh()
         return instance
-
-    @property
-    def alive(self) -> bool:
-        """Whether some instance takes requests."""
-        return any(i.up and not i.draining for i in self.instances)
 
     def submit(self, task: DecodeTask) -> None:
         """Joins a batch, or waits behind those that wait already. InvalidInput for a request that no empty instance could hold."""
@@ -104,27 +110,32 @@ class DecodePool:
         self.pump()
 
     def pump(self) -> None:
-        """Lets waiting requests join while there is room: into the batch that has fewest."""
-        while self.waiting:
-            task = self.waiting[0]
-            room = [i for i in self.instances if i.fits(task)]
-            if not room:
+        """Lets waiting requests join while there is room, into the batch that has fewest; writes the pool's columns of the view."""
+        waiting, taking = self.waiting, self._taking
+        while waiting:
+            task, best, fewest = waiting[0], None, self.instance.max_batch
+            for instance in taking:
+                if instance.running < fewest and task.kv_bytes <= instance.free_bytes:
+                    best, fewest = instance, instance.running
+            if best is None:
                 break
-            self.waiting.popleft()
-            (room[0] if len(room) == 1 else min(room, key=lambda i: i.running)).join(task)
+            waiting.popleft()
+            best.take(task)
             self.joined(task)
-        self.refresh()
+        running = 0
+        for instance in taking:
+            running += instance.running
+        load, row = self._load, self.row
+        load.free_slots[row] = len(taking) * self.instance.max_batch - running
+        load.waiting[row] = len(waiting)
 
     def _finish(self, task: DecodeTask) -> None:
         self._done(task)
         self.pump()
 
     def refresh(self) -> None:
-        """Writes the pool's columns of the view."""
-        free = slots = 0
-        for instance in self.instances:
-            if instance.up and not instance.draining:
-                slots += self.instance.max_batch
-                free += self.instance.max_batch - instance.running
-        load, row = self._load, self.row
-        load.free_slots[row], load.slots[row], load.waiting[row] = free, slots, len(self.waiting)
+        """Due after instances come, go, fail, recover or begin to drain."""
+        self._taking = [i for i in self.instances if i.up and not i.draining]
+        self.alive = bool(self._taking)
+        self._load.slots[self.row] = len(self._taking) * self.instance.max_batch
+        self.pump()

@@ -21,6 +21,7 @@ class Histogram:
 
     def __init__(self) -> None:
         self._bins = [0] * (int((math.log(_HIGH) - self._LOG_LOW) / self._STEP) + 2)
+        self._last = len(self._bins) - 1
         self.count = 0
         self.total = 0.0
         self.total_squares = 0.0
@@ -30,7 +31,8 @@ class Histogram:
         self.count += 1
         self.total += seconds
         self.total_squares += seconds * seconds
-        self._bins[0 if seconds <= _LOW else min(int((math.log(seconds) - self._LOG_LOW) / self._STEP) + 1, len(self._bins) - 1)] += 1
+        i = int((math.log(seconds) - self._LOG_LOW) / self._STEP) + 1 if seconds > _LOW else 0
+        self._bins[i if i < self._last else self._last] += 1
 
     @property
     def mean(self) -> float:

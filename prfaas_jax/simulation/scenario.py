@@ -23,7 +23,7 @@ class SimOptions:
         prefill_cache_bytes: prefix cache of each prefill cluster; 0 for none.
         decode_cache_bytes: prefix cache of each region.
         checkpoint_blocks: a state checkpoint at every that many blocks (and at the end of every prompt).
-        stall_s: a transfer on a link that is down is given up after this long, and its request placed again.
+        stall_s: a transfer that has stood still on a link that is down for this long is given up, and its request placed again.
         detect_s: until the router knows that an instance or link is down or up again.
         convert_s: what an instance needs to change its role, once it is drained.
         control_s: period of the controller.
@@ -53,10 +53,10 @@ class SimOptions:
         for field in ("prefill_rows", "checkpoint_blocks"):
             if getattr(self, field) < 1:
                 raise InvalidInput(field, getattr(self, field), "a whole number >= 1")
-        for field in ("prefill_cache_bytes", "decode_cache_bytes", "stall_s", "detect_s", "convert_s", "slo_base_s"):
-            if not getattr(self, field) >= 0:
-                raise InvalidInput(field, getattr(self, field), "a number >= 0")
-        for field in ("control_s", "slo_scale", "slo_tpot_s"):
+        for field in ("prefill_cache_bytes", "decode_cache_bytes", "detect_s", "convert_s", "slo_base_s"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InvalidInput(field, getattr(self, field), "a finite number >= 0")
+        for field in ("stall_s", "control_s", "slo_scale", "slo_tpot_s"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a number above zero")
         if not 0 <= self.warmup < 1:
@@ -71,10 +71,10 @@ class SquareWave:
     period_s: float
 
     def __post_init__(self) -> None:
-        if not self.low >= 0:
-            raise InvalidInput("square_wave.low", self.low, "bytes/s >= 0")
-        if not self.period_s > 0:
-            raise InvalidInput("square_wave.period_s", self.period_s, "seconds above zero")
+        if not 0 <= self.low < math.inf:
+            raise InvalidInput("square_wave.low", self.low, "finite bytes/s >= 0")
+        if not 0 < self.period_s < math.inf:
+            raise InvalidInput("square_wave.period_s", self.period_s, "finite seconds above zero")
 
     def changes(self, high: float) -> Iterator[tuple[float, float]]:
         """(time, bytes/s) from the first change on, without end."""
@@ -90,10 +90,10 @@ class Steps:
 
     def __post_init__(self) -> None:
         times = [t for t, _ in self.steps]
-        if any(t < 0 for t in times) or any(a >= b for a, b in itertools.pairwise(times)):
-            raise InvalidInput("steps", times, "ascending times >= 0")
-        if any(not rate >= 0 for _, rate in self.steps):
-            raise InvalidInput("steps", self.steps, "bytes/s >= 0")
+        if not all(0 <= t < math.inf for t in times) or any(a >= b for a, b in itertools.pairwise(times)):
+            raise InvalidInput("steps", times, "ascending finite times >= 0")
+        if not all(0 <= rate < math.inf for _, rate in self.steps):
+            raise InvalidInput("steps", self.steps, "finite bytes/s >= 0")
 
     def changes(self, high: float) -> Iterator[tuple[float, float]]:
         """(time, bytes/s)."""
@@ -107,9 +107,10 @@ Part = Literal["prefill", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Outage:
-    """One instance is gone from `start_s` on for `seconds`; what it computed and held is lost.
+    """One instance is gone from `start_s` on for `seconds` (infinite: for good); what it computed and held is lost.
 
-    `part` says which of a cluster's instances: "prefill" or "decode"; `index` counts them from 0.
+    `part` says which of a cluster's instances: "prefill" or "decode"; `index` counts them, as the topology has them, from 0. One that has
+    changed its role by then is spared. The prefix cache of a cluster is lost with the last of its instances.
     """
 
     cluster: str
@@ -128,10 +129,14 @@ class Outage:
 def random_outages(
     targets: Sequence[tuple[str, Part, int]], mtbf_s: float, mttr_s: float, until_s: float, rng: np.random.Generator
 ) -> tuple[Outage, ...]:
-    """Outages of each (cluster, part, index) on its own: exponential times between failures and to repair, by their means."""
-    for field, value in (("mtbf_s", mtbf_s), ("mttr_s", mttr_s)):
-        if not value > 0:
-            raise InvalidInput(field, value, "seconds above zero")
+    """Outages that begin before `until_s`, of each (cluster, part, index) on its own: exponential times to failure and to repair.
+
+    Raises:
+        InvalidInput: times that are not finite and above zero.
+    """
+    for field, value in (("mtbf_s", mtbf_s), ("mttr_s", mttr_s), ("until_s", until_s)):
+        if not 0 < value < math.inf:
+            raise InvalidInput(field, value, "finite seconds above zero")
     outages = []
     for cluster, part, index in targets:
         at = rng.exponential(mtbf_s)

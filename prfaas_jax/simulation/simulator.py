@@ -1,25 +1,26 @@
 """Requests through clusters: arrival, placement by the very policy that serves live, prefill, transfer, decode; failures in between."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
-import numpy as np
-
+from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import Controller
-from prfaas_jax.scheduling.profiles import prefill_s
+from prfaas_jax.scheduling.profiles import Instance
 from prfaas_jax.scheduling.topology import Topology
-from prfaas_jax.scheduling.view import ClusterView, Links, Load, NoDecodeServer, Policy, Request, Servers
+from prfaas_jax.scheduling.view import NoDecodeServer, Placement, Policy, Request, Servers
 from prfaas_jax.simulation import disturbances
+from prfaas_jax.simulation.clusters import idle_view, pair_tables, prefix_caches
 from prfaas_jax.simulation.decode import DecodeTask
 from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.kernel import Kernel
-from prfaas_jax.simulation.links import Network, Pair, Transfer
+from prfaas_jax.simulation.links import Pair, Transfer
 from prfaas_jax.simulation.pools import DecodePool, PrefillPool
 from prfaas_jax.simulation.prefill import PrefillTask
-from prfaas_jax.simulation.prefix_cache import PrefixCache
+from prfaas_jax.simulation.prefix_cache import Held, held_at, held_column
 from prfaas_jax.simulation.scenario import LinkPlan, Outage, SimOptions
-from prfaas_jax.simulation.workloads import Arrival, Workload
+from prfaas_jax.simulation.unloaded import Unloaded, tail_bytes
+from prfaas_jax.simulation.workloads import Arrival, Workload, check_cap
 
 
 class Simulation:
@@ -37,7 +38,7 @@ class Simulation:
         controller: asked every `options.control_s`.
 
     Raises:
-        InvalidInput: names that the topology does not have.
+        InvalidInput: names that the topology does not have, a negative seed.
     """
 
     def __init__(
@@ -54,13 +55,17 @@ class Simulation:
     ):
         self.topology, self.policy, self.options, self.controller = topology, policy, options, controller
         self.kernel = Kernel()
+        self._workload = workload
         self._arrivals: Iterator[Arrival] = workload.arrivals(seed)
         self._finished = finished
+        self._ran = False
         self.arrived = self.completed = self.fallbacks = self.conversions = 0
+        self.last_s = 0.0  # when the last request was finished
         self.clusters = tuple(c.name for c in topology.prefill)
         self.regions = tuple(r.name for r in topology.regions)
-        self.row = {name: i for names in (self.clusters, self.regions) for i, name in enumerate(names)}
-        self.view = _idle_view(topology)
+        self.cluster_row = {name: i for i, name in enumerate(self.clusters)}
+        self.region_row = {name: i for i, name in enumerate(self.regions)}
+        self.view, self.view_links = idle_view(topology)
         self.prefill = [self._prefill_pool(c.name, c.instance, c.instances, self.view.prefill, i) for i, c in enumerate(topology.prefill)]
         self.local = [self._prefill_pool(r.name, r.instance, r.prefill, self.view.decode, i) for i, r in enumerate(topology.regions)]
         self.decode = [
@@ -69,178 +74,187 @@ class Simulation:
         ]
         for pool in self.decode:
             pool.joined = self._joined
-        self.pairs, self.reverse = self._network()
-        self._caches(workload.block_tokens)
+        self._local_rates = [r.local_bytes_per_s for r in topology.regions]
+        self.pairs, self.reverse = pair_tables(self.kernel, topology, self._delivered, self._copied)
+        self._lively: dict[Pair, tuple[int, int]] = {}  # pairs towards regions on which something is pending
+        self.far_caches, self.near_caches = prefix_caches(topology, options, workload.block_tokens)
+        self.unloaded = Unloaded(topology, options.prefill_chunk, options.overlap)
+        # What is restarted must not outgrow any profile.
+        self._longest = min(p.instance.prefill.max_tokens for p in (*self.prefill, *self.local) if p.instances)
         self.left: float = 0  # arrivals to come
         self.jobs: dict[int, Job] = {}  # in the system
         self.parked: list[Job] = []  # nothing can take them now
+        self.down: dict[object, int] = {}  # instances: outages under way
+        self.idle_turns = 0
+        disturbances.refresh_health(self)
         disturbances.schedule(self, dict(links or {}), outages)
 
     # --- set-up ----------------------------------------------------------------------------------------------------------------
 
-    def _prefill_pool(self, name: str, instance: Any, count: int, servers: Servers, row: int) -> PrefillPool:
+    def _prefill_pool(self, name: str, instance: Instance, count: int, servers: Servers, row: int) -> PrefillPool:
         return PrefillPool(self.kernel, name, instance, count, self.options.prefill_chunk, self.options.prefill_rows, servers, row)
-
-    def _network(self) -> tuple[list[list[Pair | None]], list[list[Pair | None]]]:
-        """Pairs towards the regions, which carry KV, and back, which carry copied prefixes only."""
-        caps = {f"out {c.name}": c.instances * c.instance.nic_bytes_per_s for c in self.topology.prefill}
-        caps |= {f"in {r.name}": r.instances * r.instance.nic_bytes_per_s for r in self.topology.regions}
-        network = Network(self.kernel, caps)
-
-        def pairs(delivered: Callable[[Transfer], None], forward: bool) -> list[list[Pair | None]]:
-            table: list[list[Pair | None]] = [[None] * len(self.regions) for _ in self.clusters]
-            for x in self.topology.links:
-                hosts = {"egress": f"out {x.prefill}", "ingress": f"in {x.decode}"} if forward else {}
-                pair = network.add(x.bytes_per_s, delivered, x.transfer_bytes_per_s, x.rtt_s / 2, **hosts)
-                table[self.row[x.prefill]][self.row[x.decode]] = pair
-            return table
-
-        return pairs(self._delivered, True), pairs(self._copied, False)
-
-    def _caches(self, block_tokens: int) -> None:
-        o, kv = self.options, self.topology.kv
-        far, near = (o.prefill_cache_bytes, o.decode_cache_bytes) if block_tokens else (0.0, 0.0)
-
-        def caches(count: int, size: float) -> list[PrefixCache] | None:
-            return [PrefixCache(kv, block_tokens, size, o.checkpoint_blocks) for _ in range(count)] if size else None
-
-        self.far_caches, self.near_caches = caches(len(self.clusters), far), caches(len(self.regions), near)
 
     # --- running ---------------------------------------------------------------------------------------------------------------
 
     def run(self, requests: int | None = None, until_s: float = math.inf) -> None:
-        """Runs `requests` arrivals (None: all there are) to their ends, or stops the clock at `until_s`.
+        """Runs `requests` arrivals (None: all there are) to their ends, or stops the clock at `until_s`; once.
 
         Raises:
-            InvalidInput: an endless workload without an end, a prompt beyond a profile, a request too large for decode memory.
+            InvalidInput: an endless workload without an end, a second run, a prompt beyond a profile, a request too large for decode
+                memory, a policy that names clusters which are not there.
             NoDecodeServer: requests are left that nothing will ever take.
         """
+        check_cap("requests", requests)
+        if not until_s > 0:
+            raise InvalidInput("until_s", until_s, "seconds above zero")
+        endless = self._workload.requests is None and getattr(self._workload, "repeat", None) is None
+        if endless and requests is None and until_s == math.inf:
+            raise InvalidInput("requests", requests, "a number of requests, or until_s: the workload never ends")
+        if self._ran:
+            raise InvalidInput("run", "a second one", "one run of a Simulation")
+        self._ran = True
         self.left = math.inf if requests is None else requests
-        self._arrive(None)
+        self._await_next()
         if self.controller is not None:
-            self.kernel.at(self.kernel.now + self.options.control_s, disturbances.control, self)
+            self.kernel.at(self.options.control_s, disturbances.control, self)
         self.kernel.run(until_s)
         if self.jobs and not self.kernel.pending:
             raise NoDecodeServer(f"{len(self.jobs)} requests are left at {self.kernel.now:.1f} s and nothing will take them")
 
-    def _arrive(self, arrival: Arrival | None) -> None:
-        """Places the request that has come and schedules the next one."""
-        if arrival is not None:
-            self.arrived += 1
-            job = Job(self.arrived - 1, arrival, self.unloaded_ttft(arrival.tokens))
-            self.jobs[job.id] = job
-            self.place(job)
-        if self.left > 0:
-            self.left -= 1
-            following = next(self._arrivals, None)
-            if following is None:
-                self.left = 0
-            else:
-                self.kernel.at(following.time_s, self._arrive, following)
+    def _await_next(self) -> None:
+        following = next(self._arrivals, None) if self.left else None
+        if following is None:
+            self.left = 0
+        else:
+            self.kernel.at(following.time_s, self._arrive, following)
 
-    def unloaded_ttft(self, tokens: int) -> float:
-        """TTFT of a prompt on its best path when nothing else is there, nothing cached, links as the topology has them."""
-        best = math.inf
-        for region in self.topology.regions:
-            if region.prefill:
-                best = min(best, prefill_s(region.instance.prefill, tokens) + self._local_transfer_s(region.local_bytes_per_s, tokens, 0))
-        for link in self.topology.links:
-            time = self.topology.prefill[self.row[link.prefill]].instance.prefill
-            sent = self._tail_bytes(tokens, 0) / link.transfer_bytes_per_s
-            best = min(best, prefill_s(time, tokens) + sent + link.rtt_s / 2)
-        return best
-
-    def _tail_bytes(self, tokens: int, held: int) -> float:
-        """What cannot leave before the prefill ends: the last chunk's tokens, windows, states; everything without overlap."""
-        if not self.options.overlap:
-            return self.topology.kv.bytes(tokens, held)
-        last = tokens % self.options.prefill_chunk or min(tokens, self.options.prefill_chunk)
-        return self.topology.kv.bytes(tokens, max(held, tokens - last))
-
-    def _local_transfer_s(self, bytes_per_s: float, tokens: int, held: int) -> float:
-        return self._tail_bytes(tokens, held) / bytes_per_s
+    def _arrive(self, arrival: Arrival) -> None:
+        job = self.jobs[self.arrived] = Job(self.arrived, arrival, self.unloaded.ttft(arrival.tokens))
+        self.arrived += 1
+        self.left -= 1
+        self.place(job)
+        self._await_next()
 
     # --- placement -------------------------------------------------------------------------------------------------------------
 
     def place(self, job: Job) -> None:
         """Asks the policy and sets the request going; parks it where nothing can take it."""
         now, view = self.kernel.now, self.view
+        for lively in self._lively:
+            lively.advance()
+            self._note_pending(lively)
         far, near = self._matches(job)
+        request = Request(job.tokens, job.output, far, near)
         try:
-            placement = self.policy.place(Request(job.tokens, job.output, far, near), view, now)
+            placement = self.policy.place(request, view, now)
         except NoDecodeServer:
             self.parked.append(job)
             return
-        region = self.row[placement.decode]
-        cluster = self.row[placement.prefill] if placement.prefill is not None else -1
-        pool = self.prefill[cluster] if cluster >= 0 else self.local[region]
-        if not pool.alive or (cluster >= 0 and self.pairs[cluster][region] is None):
+        cluster, region = self._rows(placement)
+        if self._known_dead(region):
+            self.parked.append(job)
+            return
+        if not self._open(cluster, region):
             # The policy could not know, or named what is not there: what works, or nothing now.
-            alternatives = [i for i, p in enumerate(self.prefill) if p.alive and self.pairs[i][region] is not None]
-            if not self.local[region].alive and not alternatives:
+            others = (-1, *sorted(range(len(self.clusters)), key=view.prefill.queue.__getitem__))
+            cluster = next((i for i in others if self._open(i, region)), -2)
+            if cluster == -2:
                 self.parked.append(job)
                 return
-            cluster = -1 if self.local[region].alive else alternatives[0]
-            pool = self.prefill[cluster] if cluster >= 0 else self.local[region]
+            placement = dataclasses.replace(placement, prefill=self.clusters[cluster] if cluster >= 0 else None, copied_tokens=0)
             job.fallbacks += 1
             self.fallbacks += 1
         job.attempts += 1
         job.cluster, job.region, job.reason, job.placed_s = cluster, region, placement.reason, now
-        job.held = near if isinstance(near, int) else int(near[region])
-        job.cached = job.held if cluster < 0 else (far if isinstance(far, int) else int(far[cluster]))
+        job.held = held_at(near, region)
+        job.cached = job.held if cluster < 0 else held_at(far, cluster)
         if self.controller is not None:
-            self.controller.observe(job.tokens, job.output, job.held, cluster >= 0, now)
+            self.controller.observe(request, placement, now)
         view.decode.queue[region] += 1
         if cluster >= 0:
             view.prefill.queue[cluster] += 1
             job.want_bytes = job.pending_bytes = self.topology.kv.bytes(job.tokens, job.held)
-            assert view.links is not None
-            view.links.pending_bytes[cluster, region] += job.pending_bytes
-        if placement.copied_tokens and self._copy(job, placement.copied_tokens):
-            return
-        self._submit(job)
+            pair = self.pairs[cluster][region]
+            assert pair is not None  # it is open
+            self._lively[pair] = cluster, region
+            pair.pending += 1
+            pair.to_come += job.pending_bytes
+            self._note_pending(pair)
+        if not placement.copied_tokens or not self._copy(job, placement.copied_tokens, far):
+            self._submit(job)
 
-    def _matches(self, job: Job) -> tuple[Any, Any]:
-        """Cached prefix in tokens per prefill cluster and per region; plain zeros where there are no caches."""
+    def _rows(self, placement: Placement) -> tuple[int, int]:
+        """Cluster (-1: local) and region; raises InvalidInput for names that the view does not have."""
+        region = self.region_row.get(placement.decode, -1)
+        cluster = -1 if placement.prefill is None else self.cluster_row.get(placement.prefill, -2)
+        if region < 0:
+            raise InvalidInput("placement.decode", placement.decode, f"one of {self.regions}")
+        if cluster < -1:
+            raise InvalidInput("placement.prefill", placement.prefill, f"one of {self.clusters}, or None")
+        return cluster, region
+
+    def _known_dead(self, region: int) -> bool:
+        """Whether nothing decodes there, and the router knows."""
+        return not self.decode[region].alive and not self.view.decode.healthy[region]
+
+    def _open(self, cluster: int, region: int) -> bool:
+        """Whether the path (-1: local) has an instance that takes prompts, and a link, up or down."""
+        if cluster < 0:
+            return self.local[region].alive
+        return self.prefill[cluster].alive and self.pairs[cluster][region] is not None
+
+    def _matches(self, job: Job) -> tuple[Held, Held]:
+        """Cached prefix in tokens, per prefill cluster and per region."""
         blocks = job.arrival.blocks
-        far = np.array([c.match(blocks, job.tokens) for c in self.far_caches], np.int64) if self.far_caches else 0
-        near = np.array([c.match(blocks, job.tokens) for c in self.near_caches], np.int64) if self.near_caches else 0
-        return far, near
+        if not blocks:
+            return 0, 0
+        # Tokens that a restart added are no part of the blocks.
+        tokens = min(job.tokens, job.arrival.tokens + 1)
+        far = [c.match(blocks, tokens) for c in self.far_caches]
+        near = [c.match(blocks, tokens) for c in self.near_caches]
+        return held_column(far), held_column(near)
 
-    def _copy(self, job: Job, tokens: int) -> bool:
-        """Moves a cached prefix to the side that will compute; False where there is no way."""
-        towards = job.cluster < 0
-        source = next((i for i in range(len(self.clusters)) if self.pairs[i][job.region] is not None), -1) if towards else job.cluster
-        pair = (self.pairs if towards else self.reverse)[source][job.region] if source >= 0 else None
-        if pair is None:
+    def _copy(self, job: Job, tokens: int, far: Held) -> bool:
+        """Starts to move up to `tokens` of a cached prefix to the side that will compute; False where nobody has more than that side."""
+        pair: Pair | None
+        if job.cluster >= 0:
+            pair, holds = self.reverse[job.cluster][job.region], job.held
+        else:
+            sources = [i for i in range(len(self.clusters)) if self._open(i, job.region)]
+            source = max(sources, key=lambda i: held_at(far, i), default=-1)
+            pair, holds = (self.pairs[source][job.region], held_at(far, source)) if source >= 0 else (None, 0)
+        tokens = min(tokens, holds - job.cached)
+        if pair is None or tokens <= 0:
             return False
         job.pair, job.transfer = pair, pair.start(job, tokens)
         pair.release(job.transfer, self.topology.kv.bytes(job.cached + tokens, job.cached), True)
+        disturbances.watch(self, pair, job.transfer)
         return True
 
     def _copied(self, transfer: Transfer) -> None:
         job: Job = transfer.owner
-        job.sent_bytes += transfer.released
+        if job.cluster < 0:
+            job.sent_bytes += transfer.released
+            job.held = job.cached + transfer.copied_tokens
+        else:
+            job.returned_bytes += transfer.released
         job.transfer = job.pair = None
         job.cached += transfer.copied_tokens
-        if job.cluster < 0:
-            job.held = job.cached
         self._submit(job)
 
     def _submit(self, job: Job) -> None:
-        task = PrefillTask(job, job.cached, job.tokens, self._computed)
-        job.prefill = task
-        pool = self.local[job.region]
-        if job.cluster >= 0:
-            pool = self.prefill[job.cluster]
-            pair = self.pairs[job.cluster][job.region]
-            assert pair is not None  # place
-            job.pair, job.transfer, job.released = pair, pair.start(job), 0.0
-            if self.options.overlap and job.tokens - job.cached > self.options.prefill_chunk:
-                task.on_chunk = self._chunk_done
+        pool = self.prefill[job.cluster] if job.cluster >= 0 else self.local[job.region]
         if not pool.alive:  # died while a prefix was copied
             self.retry(job)
             return
+        task = job.prefill = PrefillTask(job, job.cached, job.tokens, self._computed)
+        if job.cluster >= 0:
+            pair = self.pairs[job.cluster][job.region]
+            assert pair is not None  # place
+            job.pair, job.transfer, job.released = pair, pair.start(job), 0.0
+            chunk = self.options.prefill_chunk
+            if self.options.overlap and (job.tokens - 1) // chunk * chunk > job.cached:
+                task.on_chunk = self._chunk_done
         pool.submit(task)
 
     # --- the stages ------------------------------------------------------------------------------------------------------------
@@ -248,28 +262,35 @@ class Simulation:
     def _chunk_done(self, task: PrefillTask) -> None:
         """Releases what the chunk made, and with the first one the cached prefix that the region lacks."""
         job: Job = task.owner
-        if task.start < task.length and job.pair is not None and job.transfer is not None:
-            total = self.topology.kv.bytes_per_token * max(0, task.start - job.held)
-            if total > job.released:
-                job.pair.release(job.transfer, total - job.released, False)
-                job.released = total
+        if task.start < task.length:
+            self._release(job, self.topology.kv.bytes_per_token * (task.start - job.held), False)
+
+    def _release(self, job: Job, total: float, last: bool) -> None:
+        """Lets KV travel, up to `total` bytes of it in all."""
+        assert job.pair is not None and job.transfer is not None  # _submit
+        more = max(0.0, total - job.released)
+        job.released += more
+        job.pending_bytes -= more
+        job.pair.to_come -= more
+        job.pair.release(job.transfer, more, last)
 
     def _computed(self, task: PrefillTask) -> None:
         job: Job = task.owner
-        now = self.kernel.now
+        now, cluster = self.kernel.now, job.cluster
         job.begun_s, job.computed_s, job.prefill = task.begun_s, now, None
         assert task.instance is not None  # it has run
-        task.instance.cluster.refresh()
-        if job.cluster >= 0:
-            self.view.prefill.queue[job.cluster] -= 1
+        task.instance.cluster.note()
+        if cluster >= 0:
+            self.view.prefill.queue[cluster] -= 1
             if self.far_caches:
-                self.far_caches[job.cluster].insert(job.arrival.blocks, job.arrival.tokens)
-            assert job.pair is not None and job.transfer is not None  # _submit
-            job.pair.release(job.transfer, max(0.0, job.want_bytes - job.released), True)
+                self.far_caches[cluster].insert(job.arrival.blocks, job.arrival.tokens, job.cached)
+            pair, transfer = job.pair, job.transfer
+            self._release(job, job.want_bytes, True)
+            if pair is not None and transfer is not None:
+                disturbances.watch(self, pair, transfer)
         else:
-            region = self.topology.regions[job.region]
-            seconds = self._local_transfer_s(region.local_bytes_per_s, job.tokens, job.held)
-            self.kernel.at(now + seconds, self._local_kv, (job, job.attempts))
+            sent = tail_bytes(self.topology.kv, job.tokens, job.held, self.options.prefill_chunk, self.options.overlap)
+            self.kernel.at(now + sent / self._local_rates[job.region], self._local_kv, (job, job.attempts))
 
     def _local_kv(self, argument: tuple[Job, int]) -> None:
         job, attempt = argument
@@ -282,39 +303,53 @@ class Simulation:
             return
         job: Job = transfer.owner
         job.sent_bytes += transfer.released
-        job.transfer = job.pair = None
         self._unpend(job)
+        job.transfer = job.pair = None
         self._commit(job)
 
     def _unpend(self, job: Job) -> None:
-        if job.pending_bytes:
-            assert self.view.links is not None
-            self.view.links.pending_bytes[job.cluster, job.region] -= job.pending_bytes
-            job.pending_bytes = 0.0
+        """The request's KV has arrived, or will not come this way."""
+        pair = self.pairs[job.cluster][job.region]
+        assert pair is not None  # place
+        pair.pending -= 1
+        pair.to_come -= job.pending_bytes
+        job.pending_bytes = 0.0
+        self._note_pending(pair)
+        if not pair.pending:
+            del self._lively[pair]
+
+    def _note_pending(self, pair: Pair) -> None:
+        row = self._lively[pair]
+        self.view_links.pending[row] = pair.pending
+        self.view_links.pending_bytes[row] = pair.to_come + pair.backlog if pair.pending else 0.0
 
     def _commit(self, job: Job) -> None:
         """All KV is in the region."""
+        region = job.region
         job.kv_s = self.kernel.now
-        if self.near_caches:
-            self.near_caches[job.region].insert(job.arrival.blocks, job.arrival.tokens)
-        if job.output == 1:
-            self._joined(DecodeTask(job, job.tokens, 0, 0.0))
-            self._complete(job)
+        if self._known_dead(region):
+            self.retry(job)
             return
+        if self.near_caches:
+            known = job.cached if job.cluster < 0 else job.arrival.tokens
+            self.near_caches[region].insert(job.arrival.blocks, job.arrival.tokens, known)
         job.decode = DecodeTask(job, job.tokens, job.output - 1, self.topology.kv.bytes(job.tokens + job.output))
-        self.decode[job.region].submit(job.decode)
+        if job.output == 1:
+            self._joined(job.decode)
+            self._decoded(job.decode)
+        else:
+            self.decode[region].submit(job.decode)
 
     def _joined(self, task: DecodeTask) -> None:
         job: Job = task.owner
-        if math.isnan(job.first_s):
+        if job.first_s != job.first_s:  # NaN: not restarted after its first token
             job.first_s = self.kernel.now
+            job.path = job.placed_s, job.begun_s, job.computed_s, job.kv_s
 
     def _decoded(self, task: DecodeTask) -> None:
-        task.owner.decode = None
-        self._complete(task.owner)
-
-    def _complete(self, job: Job) -> None:
-        job.done_s = self.kernel.now
+        job: Job = task.owner
+        job.decode, job.done_s = None, self.kernel.now
+        self.last_s = job.done_s
         self.view.decode.queue[job.region] -= 1
         self.completed += 1
         del self.jobs[job.id]
@@ -323,36 +358,33 @@ class Simulation:
     # --- when something fails --------------------------------------------------------------------------------------------------
 
     def retry(self, job: Job) -> None:
-        """Takes the request from wherever it is and places it again; tokens that it has streamed become part of its prompt."""
+        """Takes the request from wherever it is and places it again; tokens that it has streamed become part of its prompt.
+
+        As far as the profiles reach: what is beyond is generated again, and not streamed again.
+        """
         job.fallbacks += 1
         self.fallbacks += 1
-        if job.prefill is not None and job.prefill.instance is not None and job.prefill.instance.up:
-            job.prefill.instance.cancel(job.prefill)
-        if job.prefill is not None and job.cluster >= 0:
-            self.view.prefill.queue[job.cluster] -= 1
-        if job.pair is not None and job.transfer is not None:
-            job.sent_bytes += job.transfer.released - job.pair.remaining(job.transfer)
+        if job.prefill is not None and job.prefill.instance is not None:
+            instance = job.prefill.instance
+            instance.cancel(job.prefill)
+            instance.cluster.note()
+        if job.transfer is not None:
+            assert job.pair is not None  # they come together
+            gone = job.transfer.released - job.pair.remaining(job.transfer)
+            if job.cluster >= 0 and job.transfer.copied_tokens:
+                job.returned_bytes += gone
+            else:
+                job.sent_bytes += gone
             job.pair.cancel(job.transfer)
+        if job.cluster >= 0:
+            if math.isnan(job.computed_s):
+                self.view.prefill.queue[job.cluster] -= 1
+            if math.isnan(job.kv_s):
+                self._unpend(job)
         if job.decode is not None:
-            generated = disturbances.take_from_decode(self, job.decode)
-            if generated:
-                job.tokens, job.output = job.tokens + generated, job.output - generated
-        self._unpend(job)
+            streamed = min(disturbances.take_from_decode(self, job.decode), max(0, self._longest - job.tokens))
+            job.tokens, job.output = job.tokens + streamed, job.output - streamed
         self.view.decode.queue[job.region] -= 1
         job.prefill = job.transfer = job.pair = job.decode = None
         job.computed_s = job.kv_s = math.nan
         self.place(job)
-
-
-def _idle_view(topology: Topology) -> ClusterView:
-    """The view that the run writes into; everything idle and healthy."""
-
-    def servers(names: Sequence[str]) -> Servers:
-        return Servers(tuple(names), np.ones(len(names), bool), np.zeros(len(names), np.int64), Load.idle(len(names)))
-
-    prefill, decode = servers([c.name for c in topology.prefill]), servers([r.name for r in topology.regions])
-    table = np.zeros((4, len(prefill.names), len(decode.names)))
-    for link in topology.links:
-        pair = prefill.names.index(link.prefill), decode.names.index(link.decode)
-        table[0][pair], table[1][pair], table[2][pair] = link.bytes_per_s, link.transfer_bytes_per_s, link.rtt_s
-    return ClusterView(prefill, decode, Links(*table))

@@ -29,18 +29,23 @@ class Summary:
         """Counts a finished request."""
         if job.id < self._skip:
             return
-        o, arrived, ttft, tpot = self._options, job.arrival.time_s, job.ttft_s, job.tpot_s
-        self._first, self._last = min(self._first, arrived), max(self._last, arrived)
+        o, ttft, tpot = self._options, job.ttft_s, job.tpot_s
+        arrived, tokens, output, _, _ = job.arrival
+        if arrived < self._first:
+            self._first = arrived
+        if arrived > self._last:
+            self._last = arrived
         self.ttft.add(ttft)
-        self.tpot.add(tpot)
-        self.e2e.add(job.e2e_s)
+        if output > 1:
+            self.tpot.add(tpot)
+        self.e2e.add(job.done_s - arrived)
         self.met += ttft <= o.slo_scale * job.unloaded_s + o.slo_base_s and tpot <= o.slo_tpot_s
         self.remote += job.cluster >= 0
         self.fallbacks += job.fallbacks
         self.kv_bytes += job.sent_bytes
-        self.prompt_tokens += job.arrival.tokens
+        self.prompt_tokens += tokens
         self.cached_tokens += job.cached
-        self.output_tokens += job.arrival.output_tokens
+        self.output_tokens += output
 
     @property
     def requests(self) -> int:
@@ -57,6 +62,8 @@ class Summary:
         span = max(self._last - self._first, 1e-9)
         result: dict[str, Any] = {"requests": self.requests}
         for name, histogram in (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e)):
+            if not histogram.count:
+                continue
             result[f"{name}_mean_s"] = histogram.mean
             result |= {f"{name}_p{q}_s": histogram.percentile(q) for q in (50, 90, 99)}
         result |= {
@@ -68,7 +75,7 @@ class Summary:
             "conversions": sim.conversions,
             "cached_share": self.cached_tokens / self.prompt_tokens,
             "egress_gbps": self.kv_bytes / span / GBPS,
-            "simulated_s": sim.kernel.now,
+            "simulated_s": sim.last_s,
             "events": sim.kernel.events,
         }
         return result

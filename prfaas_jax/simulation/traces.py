@@ -95,9 +95,11 @@ class MooncakeTrace:
     def _rows(self) -> Iterator[Arrival]:
         first: float | None = None
         last: float = -MAX_TIME
+        block_tokens, unit_s, rate_scale = self.block_tokens, self.unit_s, self.rate_scale
+        decode = json.JSONDecoder().decode
         for where, line in _lines(self.path):
             try:
-                record = json.loads(line)
+                record = decode(line)
                 timestamp, tokens, output, ids = MOONCAKE_FIELDS(record)
             except KeyError as error:
                 raise InvalidInput(where, sorted(record), f"a field {error}") from error
@@ -109,15 +111,16 @@ class MooncakeTrace:
             for name, value in (("input_length", tokens), ("output_length", output)):
                 if type(value) is not int or value < 1:
                     raise InvalidInput(f"{where} {name}", value, "a whole number of tokens, at least 1")
-            blocks = -(-tokens // self.block_tokens)
+            blocks = -(-tokens // block_tokens)
             if not isinstance(ids, list) or len(ids) != blocks:
-                expected = f"{blocks} ids for input_length={tokens} at block_tokens={self.block_tokens}"
+                expected = f"{blocks} ids for input_length={tokens} at block_tokens={block_tokens}"
                 raise InvalidInput(f"{where} hash_ids", f"{len(ids)} ids" if isinstance(ids, list) else ids, expected)
             if set(map(type, ids)) != {int} or min(ids) < 0:
                 raise InvalidInput(f"{where} hash_ids", _short(str(ids)), "whole numbers, at least 0")
             last = timestamp
             first = timestamp if first is None else first
-            yield Arrival((timestamp - first) * self.unit_s / self.rate_scale, tokens, output, tuple(ids), _session(where, record))
+            session = _session(where, record) if len(record) > 4 else -1
+            yield Arrival((timestamp - first) * unit_s / rate_scale, tokens, output, tuple(ids), session)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +255,14 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
 def _repeated(play: Callable[[], Iterator[Arrival]], path: str | os.PathLike[str], repeat: int | None, tick_s: float) -> Iterator[Arrival]:
     """Plays a file again and again, one tick (the mean gap where there is none) after its end, with ids above all those before."""
     start_s, first_block, first_session = 0.0, 0, 0
+    if repeat == 1:
+        rows = play()
+        first = next(rows, None)
+        if first is None:
+            raise InvalidInput("trace.path", os.fspath(path), "at least one arrival")
+        yield first
+        yield from rows
+        return
     for _ in range(repeat) if repeat else itertools.count():
         played, last_s, blocks_end, sessions_end = 0, start_s, first_block, first_session
         for time_s, tokens, output, blocks, session in play():
@@ -267,7 +278,7 @@ def _repeated(play: Callable[[], Iterator[Arrival]], path: str | os.PathLike[str
         if not played:
             raise InvalidInput("trace.path", os.fspath(path), "at least one arrival")
         gap_s = tick_s or (last_s - start_s) / max(played - 1, 1)
-        if not gap_s and repeat != 1:
+        if not gap_s:
             raise InvalidInput("trace.repeat", repeat, "1 (or a tick_s) for a file whose arrivals have one time")
         start_s, first_block, first_session = last_s + gap_s, blocks_end, sessions_end
 
@@ -279,7 +290,8 @@ def _jittered(rows: Iterator[Arrival], tick_s: float, rng: np.random.Generator) 
         if group and row.time_s > (start := group[0].time_s):
             times = start + min(tick_s, row.time_s - start) * np.sort(rng.random(len(group)))
             for time_s, waiting in zip(times.tolist(), group, strict=True):
-                yield Arrival(time_s, *waiting[1:])
+                _, tokens, output, blocks, session = waiting
+                yield Arrival(time_s, tokens, output, blocks, session)
             group = []
         group.append(row)
 

@@ -1,0 +1,317 @@
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sim_fixtures import H20, KV, PAPER, Listed, simulate, wide
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.controllers import Convert, UsePolicy
+from prfaas_jax.scheduling.mix import LogNormalLengths
+from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, LengthBlind, PaperPrefix, Threshold
+from prfaas_jax.scheduling.profiles import prefill_s
+from prfaas_jax.scheduling.topology import GBPS, Region, Topology
+from prfaas_jax.scheduling.view import NoDecodeServer
+from prfaas_jax.simulation.scenario import Outage, SimOptions, SquareWave, Steps, random_outages
+from prfaas_jax.simulation.simulator import Simulation
+from prfaas_jax.simulation.workloads import Arrival, Poisson, Sessions, Synthetic
+
+SHORT = LogNormalLengths(8.5, 1.2, 64, 60_000)
+MANY = Synthetic(Poisson(2.0), SHORT, 120, requests=60, output_sigma=1.0)
+SESSIONS = Sessions(Poisson(2.0), SHORT, LogNormalLengths(6.0, 1.0, 16, 8192), 120, 4.0, 2.0, requests=60)
+DOWN = 0.0
+PLACES = [("a", "prefill", 0), ("a", "prefill", 1), ("b", "prefill", 0), ("x", "prefill", 0), ("x", "prefill", 1)]
+PLACES += [("x", "decode", 0), ("x", "decode", 1), ("y", "decode", 0), ("y", "decode", 1)]
+
+starts = st.sampled_from([0.0, 1.0, 5.0, 12.5, 20.0, 33.0])
+outages = st.builds(lambda place, start, seconds: Outage(*place, start, seconds), st.sampled_from(PLACES), starts, st.floats(0.1, 60.0))
+capacities = st.sampled_from([0.0, 0.0, 0.5, 5.0, 60.0])
+
+
+@st.composite
+def plans(draw):
+    if draw(st.booleans()):
+        return SquareWave(draw(capacities) * GBPS, draw(st.sampled_from([1.0, 7.0, 40.0])))
+    times = sorted(draw(st.sets(st.floats(0.0, 60.0), max_size=4)))
+    return Steps((*((t, draw(capacities) * GBPS) for t in times), (61.0, GBPS)))
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([AlwaysLocal(), AlwaysRemote(), Threshold(4000), PaperPrefix(2000, scarce_s=50.0), LengthBlind(0.6)]),
+    st.lists(outages, max_size=5),
+    st.dictionaries(st.sampled_from([("a", "x"), ("a", "y"), ("b", "y")]), plans()),
+    st.sampled_from([MANY, SESSIONS]),
+    st.sampled_from([(5.0, 1.0), (0.3, 2.0), (20.0, 0.0)]),
+    st.booleans(),
+)
+def test_whatever_fails_every_request_is_finished_once_and_the_system_is_idle_again(policy, fails, links, workload, delays, overlap):
+    stall_s, detect_s = delays
+    options = SimOptions(
+        prefill_chunk=4096, overlap=overlap, stall_s=stall_s, detect_s=detect_s, prefill_cache_bytes=1e10, decode_cache_bytes=1e10
+    )
+
+    def run():
+        fresh = dataclasses.replace(policy) if isinstance(policy, LengthBlind) else policy
+        jobs, sim = simulate(wide(), workload, fresh, options, links=links, outages=fails)
+        return [j.row(sim.clusters, sim.regions) for j in jobs]
+
+    assert run() == run(), "bit-identical"
+
+
+def lone(tokens=20_000, output=400, at=1.0):
+    return Listed((Arrival(at, tokens, output),))
+
+
+def paper(**region):
+    return dataclasses.replace(PAPER, regions=(dataclasses.replace(PAPER.regions[0], **region),))
+
+
+def test_a_restart_goes_on_behind_the_tokens_that_were_streamed():
+    fails = (Outage("pd", "decode", 0, 10.0, 5.0),)
+    topology = dataclasses.replace(paper(decode=1), links=())
+    (job,), _ = simulate(topology, lone(), AlwaysLocal(), SimOptions(detect_s=9.0), outages=fails)
+    streamed = 1 + int((10.0 - job.first_s) / 0.025)
+    assert job.tokens == 20_000 + streamed and job.output == 400 - streamed and job.attempts == 2 and job.fallbacks == 1
+    assert job.first_s == pytest.approx(1.0 + job.unloaded_s), "the first token is not streamed twice"
+    again = prefill_s(H20.prefill, 20_000 + streamed)
+    assert job.computed_s == pytest.approx(10.0 + again)
+    # The second prefill is done before the instance is back.
+    assert job.done_s == pytest.approx(max(15.0, job.kv_s) + (400 - streamed - 1) * 0.025)
+
+
+def test_a_restart_does_not_outgrow_the_profile():
+    (job,), _ = simulate(paper(decode=2), lone(131_070), AlwaysLocal(), outages=(Outage("pd", "decode", 0, 30.0, 5.0),))
+    assert job.attempts == 2 and job.tokens == 131_072 and job.output == 398
+
+
+def test_a_prefill_that_dies_is_computed_again_from_the_start():
+    (job,), sim = simulate(PAPER, lone(60_000), AlwaysRemote(), outages=(Outage("h200", "prefill", 0, 2.0, 1.0),))
+    whole = prefill_s(PAPER.prefill[0].instance.prefill, 60_000)
+    assert job.begun_s == 2.0 and job.computed_s == pytest.approx(2.0 + whole)
+    assert job.sent_bytes > KV.bytes(60_000) and job.sent_bytes == pytest.approx(sim.pairs[0][0].moved), "chunks that were sent in vain"
+
+
+def test_a_stalled_transfer_is_given_up_after_stall_s_and_counts_from_when_it_stalls():
+    link = {("h200", "pd"): Steps(((3.0, DOWN), (100.0, GBPS)))}
+    options = SimOptions(overlap=False, stall_s=4.0)
+    (job,), _ = simulate(PAPER, lone(60_000), AlwaysRemote(), options, links=link)
+    computed = 1.0 + prefill_s(PAPER.prefill[0].instance.prefill, 60_000)
+    assert computed > 3.0 and job.cluster == -1, "the router knows by then"
+    assert job.placed_s == pytest.approx(computed + 4.0)
+
+
+def test_a_short_outage_of_a_link_costs_its_length():
+    link = {("h200", "pd"): Steps(((3.0, DOWN), (6.0, 100 * GBPS)))}
+    (job,), _ = simulate(PAPER, lone(60_000), AlwaysRemote(), SimOptions(overlap=False), links=link)
+    assert job.attempts == 1 and job.kv_s == pytest.approx(6.0 + KV.bytes(60_000) / (100 * GBPS))
+
+
+def test_a_copy_that_stalls_is_given_up_and_leaves_no_queue():
+    blocks = tuple(range(40))
+    rows = (Arrival(0.0, 40 * 512, 4, blocks), Arrival(50.0, 60 * 512, 4, (*blocks, *range(40, 60))))
+    link = {("h200", "pd"): Steps(((50.01, DOWN), (300.0, GBPS)))}
+    options = SimOptions(decode_cache_bytes=1e12, stall_s=4.0)
+
+    class First(PaperPrefix):
+        def place(self, request, view, now):
+            return AlwaysLocal().place(request, view, now) if now < 50.0 else super().place(request, view, now)
+
+    (_, job), sim = simulate(PAPER, Listed(rows, 512), First(1000, scarce_s=9.0), options, links=link)
+    assert job.fallbacks == 1 and 0 < job.returned_bytes < KV.bytes(40 * 512) and job.cluster == -1
+    assert sim.reverse[0][0].moved == pytest.approx(job.returned_bytes)
+
+
+def test_a_region_that_decodes_no_more_loses_what_waits_there():
+    topology = dataclasses.replace(wide(), regions=tuple(dataclasses.replace(r, prefill=2) for r in wide().regions))
+    rows = (Arrival(0.0, 20_000, 50), Arrival(0.0, 20_000, 50))
+    fails = [Outage("x", "decode", i, 1.0, math.inf) for i in (0, 1)]
+    jobs, _ = simulate(topology, Listed(rows), AlwaysLocal(), outages=fails)
+    assert [j.region for j in jobs] == [1, 1] and sorted(j.fallbacks for j in jobs) == [0, 1]
+
+
+def test_what_nothing_can_take_waits_until_the_router_knows_better():
+    (job,), sim = simulate(paper(decode=1), lone(at=6.0), AlwaysLocal(), outages=(Outage("pd", "decode", 0, 2.0, 18.0),))
+    assert job.placed_s == 21.0 and job.attempts == 1 and not sim.parked
+
+
+def test_a_system_that_never_comes_back_is_reported():
+    gone = (Outage("pd", "decode", 0, 2.0, math.inf),)
+    wave = {("h200", "pd"): SquareWave(GBPS, 1.0)}
+    for links in ({}, wave):
+        with pytest.raises(NoDecodeServer, match="1 requests are left"):
+            simulate(paper(decode=1), lone(at=6.0), AlwaysLocal(), outages=gone, links=links)
+
+
+def test_a_link_that_stays_down_does_not_keep_the_clock_running():
+    jobs, sim = simulate(PAPER, MANY, Threshold(9000), links={("h200", "pd"): Steps(((5.0, DOWN),))})
+    assert len(jobs) == 60 and sim.kernel.now < sim.last_s + 20
+
+
+def test_links_change_until_the_last_request_however_late_it_comes():
+    rows = (Arrival(0.0, 100, 2), Arrival(1000.0, 60_000, 2))
+    wave = {("h200", "pd"): SquareWave(GBPS, 100.0)}
+    jobs, _ = simulate(PAPER, Listed(rows), AlwaysRemote(), SimOptions(overlap=False), links=wave)
+    assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / (100 * GBPS))
+    jobs, _ = simulate(PAPER, Listed((rows[0], rows[1]._replace(time_s=1060.0))), AlwaysRemote(), SimOptions(overlap=False), links=wave)
+    assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / GBPS)
+
+
+def test_outages_of_one_instance_may_overlap():
+    fails = (Outage("pd", "decode", 0, 2.0, 10.0), Outage("pd", "decode", 0, 5.0, 20.0))
+    (job,), _ = simulate(paper(decode=1), lone(500, at=1.9), AlwaysLocal(), outages=fails)
+    assert job.done_s > 25.0
+
+
+def test_a_cluster_without_instances_forgets_its_prefixes():
+    blocks = tuple(range(40))
+    rows = tuple(Arrival(100.0 * i, 40 * 512, 4, blocks) for i in range(3))
+    options = SimOptions(prefill_cache_bytes=1e13)
+    topology = dataclasses.replace(PAPER, prefill=(dataclasses.replace(PAPER.prefill[0], instances=2),))
+    for failed, cached in (((0, 1), 0), ((0,), 39 * 512)):
+        fails = [Outage("h200", "prefill", i, 150.0, 5.0) for i in failed]
+        jobs, _ = simulate(topology, Listed(rows, 512), AlwaysRemote(), options, outages=fails)
+        # The last block is whole, but the last token has to be computed, and a checkpoint is there at the end or every 16 blocks.
+        assert [j.cached for j in jobs] == [0, 32 * 512, 32 * 512 if cached else 0]
+
+
+# --- controllers -------------------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """A controller that acts at given times, and remembers what it was shown."""
+
+    def __init__(self, *actions):
+        self.actions, self.seen, self.updates = list(actions), [], []
+
+    def observe(self, request, placement, now):
+        self.seen.append((request, placement, now))
+
+    def update(self, view, now):
+        self.updates.append((now, view.decode.load.instances[0], view.decode.load.slots[0] / 20))
+        due = [action for at, action in self.actions if at <= now]
+        self.actions = [(at, action) for at, action in self.actions if at > now]
+        return due
+
+
+STEADY = Synthetic(Poisson(1.5), SHORT, 300, requests=150)
+
+
+@pytest.mark.parametrize("to", ["prefill", "decode"])
+def test_an_instance_is_drained_before_it_changes_its_role(to):
+    controller = Script((20.0, Convert("pd", to, "test")))
+    jobs, sim = simulate(PAPER, STEADY, AlwaysLocal(), SimOptions(convert_s=8.0), controller=controller)
+    assert sim.conversions == 1
+    counts = {tuple(count) for _, *count in controller.updates}
+    between, after = ((3, 4), (4, 4)) if to == "prefill" else ((2, 5), (2, 6))
+    assert counts == {(3, 5), between, after}
+    assert (len(sim.local[0].instances), len(sim.decode[0].instances)) == after
+    first_after = next(now for now, *count in controller.updates if tuple(count) == after)
+    assert first_after >= 28.0, "the conversion itself takes its time"
+    assert all(j.fallbacks == 0 for j in jobs), "nobody notices"
+    assert controller.updates[0][0] == 5.0 and all(b[0] - a[0] == pytest.approx(5.0) for a, b in itertools.pairwise(controller.updates))
+    assert len(controller.seen) == 150 and all(placement.prefill is None for _, placement, _ in controller.seen)
+
+
+def test_the_last_of_its_role_stays():
+    alone = Topology(KV, (), (Region("pd", H20, 1, 1),), ())
+    both = Script((5.0, Convert("pd", "prefill", "")), (5.0, Convert("pd", "decode", "")))
+    _, sim = simulate(alone, dataclasses.replace(STEADY, requests=20), AlwaysLocal(), controller=both)
+    assert sim.conversions == 0
+    # Where a link reaches the region, prefill instances may all go.
+    _, sim = simulate(paper(prefill=1), STEADY, Threshold(4000), controller=Script((5.0, Convert("pd", "decode", ""))))
+    assert sim.conversions == 1 and not sim.local[0].instances and len(sim.decode[0].instances) == 6
+
+
+@pytest.mark.parametrize("to", ["prefill", "decode"])
+def test_one_that_fails_while_it_drains_changes_its_role_when_it_is_back(to):
+    part = "decode" if to == "prefill" else "prefill"
+    fails = [Outage("pd", part, i, 10.5, 30.0) for i in range(5 if part == "decode" else 3)]
+    controller = Script((10.0, Convert("pd", to, "")))
+    jobs, sim = simulate(PAPER, STEADY, Threshold(4000), SimOptions(convert_s=3.0), controller=controller, outages=fails)
+    assert sim.conversions == 1
+    assert (len(sim.local[0].instances), len(sim.decode[0].instances)) == ((4, 4) if to == "prefill" else (2, 6))
+    assert any(j.fallbacks for j in jobs)
+
+
+def test_a_controller_changes_the_policy():
+    jobs, _ = simulate(PAPER, STEADY, AlwaysLocal(), controller=Script((30.0, UsePolicy(AlwaysRemote(), ""))))
+    assert {j.cluster for j in jobs if j.placed_s < 30.0} == {-1} and {j.cluster for j in jobs if j.placed_s > 30.0} == {0}
+
+
+@pytest.mark.parametrize(
+    ("action", "field"),
+    [
+        (Convert("moon", "prefill", ""), "convert.region"),
+        (Convert("h200", "prefill", ""), "convert.region"),
+        (Convert("pd", "both", ""), "convert.to"),
+        ("nonsense", "action"),
+    ],
+)
+def test_unknown_actions_are_refused(action, field):
+    with pytest.raises(InvalidInput) as caught:
+        simulate(PAPER, STEADY, AlwaysLocal(), controller=Script((5.0, action)))
+    assert caught.value.field == field
+
+
+# --- scenarios ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_square_wave_begins_high():
+    changes = SquareWave(1.0, 10.0).changes(9.0)
+    assert list(itertools.islice(changes, 4)) == [(5.0, 1.0), (10.0, 9.0), (15.0, 1.0), (20.0, 9.0)]
+
+
+def test_random_outages_have_their_means_and_do_not_overlap():
+    targets = [("a", "prefill", 0), ("x", "decode", 1)]
+    fails = random_outages(targets, 100.0, 10.0, 1e5, np.random.default_rng(0))
+    assert [f.start_s for f in fails] == sorted(f.start_s for f in fails) and fails[-1].start_s < 1e5
+    assert np.mean([f.seconds for f in fails]) == pytest.approx(10.0, rel=0.1)
+    for target in targets:
+        ours = [f for f in fails if (f.cluster, f.part, f.index) == target]
+        assert len(ours) == pytest.approx(1e5 / 110.0, rel=0.1)
+        assert all(a.start_s + a.seconds < b.start_s for a, b in itertools.pairwise(ours))
+    assert fails == random_outages(targets, 100.0, 10.0, 1e5, np.random.default_rng(0))
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda: SquareWave(-1.0, 1.0), "square_wave.low"),
+        (lambda: SquareWave(math.inf, 1.0), "square_wave.low"),
+        (lambda: SquareWave(1.0, 0.0), "square_wave.period_s"),
+        (lambda: SquareWave(1.0, math.inf), "square_wave.period_s"),
+        (lambda: Steps(((2.0, 1.0), (1.0, 1.0))), "steps"),
+        (lambda: Steps(((1.0, 1.0), (1.0, 2.0))), "steps"),
+        (lambda: Steps(((-1.0, 1.0),)), "steps"),
+        (lambda: Steps(((math.nan, 1.0),)), "steps"),
+        (lambda: Steps(((1.0, -1.0),)), "steps"),
+        (lambda: Steps(((1.0, math.inf),)), "steps"),
+        (lambda: Outage("a", "both", 0, 1.0, 1.0), "outage.part"),
+        (lambda: Outage("a", "prefill", 0, -1.0, 1.0), "outage"),
+        (lambda: Outage("a", "prefill", 0, math.inf, 1.0), "outage"),
+        (lambda: Outage("a", "prefill", 0, 1.0, 0.0), "outage"),
+        (lambda: random_outages([], 0.0, 1.0, 1.0, RNG), "mtbf_s"),
+        (lambda: random_outages([], 1.0, -1.0, 1.0, RNG), "mttr_s"),
+        (lambda: random_outages([], 1.0, 1.0, math.inf, RNG), "until_s"),
+        *((lambda o=o: Simulation(PAPER, MANY, AlwaysLocal(), SimOptions(), 0, print, outages=[o]), "outage") for o in (
+            Outage("moon", "decode", 0, 1.0, 1.0), Outage("pd", "decode", 5, 1.0, 1.0), Outage("pd", "decode", -1, 1.0, 1.0),
+            Outage("h200", "decode", 0, 1.0, 1.0),
+        )),
+        *((lambda f=f, v=v: SimOptions(**{f: v}), f) for f, v in (
+            ("prefill_chunk", 100), ("prefill_chunk", 0), ("prefill_rows", 0), ("checkpoint_blocks", 0), ("prefill_cache_bytes", -1.0),
+            ("decode_cache_bytes", math.nan), ("stall_s", 0.0), ("detect_s", -1.0), ("detect_s", math.inf), ("convert_s", -1.0),
+            ("control_s", 0.0), ("slo_scale", 0.0), ("slo_base_s", -0.1), ("slo_tpot_s", 0.0), ("warmup", 1.0), ("warmup", -0.1),
+        )),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_field(call, field):
+    with pytest.raises(InvalidInput) as caught:
+        call()
+    assert caught.value.field == field
