@@ -154,10 +154,11 @@ class ShadowPrice:
 
     Paths that are predicted to meet the request's budget (its SLO, with a `margin` for what predictions miss) come first. Among them, the
     busier the system, the more it counts what a path takes, and the less how fast it is. What it takes: its prefill seconds and link bytes,
-    at the shadow prices of the throughput program plus `queue_price` per second of work that already waits for them; prices say what is
-    scarce in the long run, queues what is scarce now. Where no path meets the budget the request is late in any case, and goes where it
-    takes least from others. So long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO
-    for the sake of the rule, and there is no threshold to tune.
+    at the shadow prices of the throughput program; prices say what is scarce in the long run. A second on instances for which work waits
+    costs `queue_price` more per second of that work: it says what is scarce now. What waits for a link is not priced, since the link may
+    be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case, and goes where it takes
+    least from others. So long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO for
+    the sake of the rule, and there is no threshold to tune.
 
     Attributes:
         predictor: of TTFT.
@@ -171,7 +172,7 @@ class ShadowPrice:
 
     predictor: Predictor
     prices: Prices
-    busy_s: float = 2.0
+    busy_s: float = 1.0
     queue_price: float = 0.1
     margin: float = 0.9
     slo_scale: float = 3.0
@@ -205,7 +206,7 @@ class ShadowPrice:
         with np.errstate(divide="ignore", invalid="ignore"):
             local = busy * paths.local_work_s * (near_price + scale * near_queue / np.maximum(near.instances, 1.0))
             remote = (paths.remote_work_s * (far_price + scale * far_queue / np.maximum(far.instances, 1.0)))[:, None]
-            remote = busy * (remote + paths.sent * (link_price + scale * crossing / links.bytes_per_s))
+            remote = busy * (remote + paths.sent * link_price)
             local += (1 - busy) * paths.local_ttft_s / slo
             remote += (1 - busy) * paths.remote_ttft_s / slo
         # Late paths only where there is no other: no price is ever as high.

@@ -2,7 +2,7 @@
 
 Rules. SLO: TTFT <= slo_scale * unloaded T(l) + slo_base_s and TPOT <= slo_tpot_s. Load: a share of what the planner's best roles sustain in
 the cell (averaged over the link's states where it has several), and those roles for everybody. Goodput: requests within the SLO, over the
-time from the first arrival that counts to the last token: who lets a queue grow without end pays for draining it. A baseline's parameter
+time until the last first token (`Summary.result` says why). A baseline's parameter
 is the best of its grid by goodput, on tuning seeds; the best static baseline is the one with most goodput there. Ours has no parameter to
 tune per cell; its constants were chosen on the cells that are not held out.
 """
@@ -75,6 +75,15 @@ def plan_cell(cell: Cell) -> tuple[Topology, float]:
     return best[1], best[0]
 
 
+def equal_cost(topology: Topology, mix: Mix) -> Topology:
+    """A homogeneous region for the money of the whole topology (rounded down), in the roles that sustain most of the mix."""
+    (region,) = topology.regions
+    count = max(2, int(topology.cost_per_hour / region.instance.cost_per_hour + 1e-9))
+    choices = [dataclasses.replace(region, prefill=n, decode=count - n) for n in range(1, count)]
+    alone = [dataclasses.replace(topology, prefill=(), regions=(choice,), links=()) for choice in choices]
+    return max(alone, key=lambda candidate: optimum(candidate, mix).lambda_max)
+
+
 def parameters(name: str, mix: Mix, points: int) -> list[float]:
     """The grid over which a baseline is tuned: quantiles of the uncached lengths, or shares."""
     kind = CONTENDERS[name][0]
@@ -90,7 +99,7 @@ class Verdict:
     """A cell's outcome; goodputs in requests/s and P90 TTFTs in seconds as means over seeds, ratios per seed and then averaged.
 
     `best_static` was chosen on tuning seeds; `vs_best` is our goodput over its, `vs_paper` over the paper's rule, `p90_vs_paper` our P90
-    TTFT over the paper's.
+    TTFT over the paper's. `equal_cost`: a homogeneous cluster for the same money at the same arrivals.
     """
 
     cell: str
@@ -103,6 +112,7 @@ class Verdict:
     vs_paper: Estimate
     p90_vs_paper: Estimate
     policies: Mapping[str, Mapping[str, float]]
+    equal_cost: Mapping[str, float]
 
     @property
     def ahead(self) -> bool:
@@ -160,7 +170,10 @@ class Contest:
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for one, result in zip(runs, sweep(runs, self.processes, f"{label}: evaluating"), strict=True):
             results[one.policy].append(result)
-        return self._verdict(cell, topology, self.load * most, static, chosen, results)
+        same_money = Ground(equal_cost(topology, cell.mix), cell.mix, self.options)
+        alone = [Run(same_money, workload, "always_local", 0.0, seed, self.requests) for seed in range(self.seeds)]
+        others = list(sweep(alone, self.processes, f"{label}: equal cost"))
+        return self._verdict(cell, topology, self.load * most, static, chosen, results, others)
 
     def _verdict(
         self,
@@ -170,6 +183,7 @@ class Contest:
         static: str,
         chosen: Mapping[str, float],
         results: Mapping[str, Sequence[Mapping[str, Any]]],
+        others: Sequence[Mapping[str, Any]],
     ) -> Verdict:
         paper = max(PAPER, key=lambda name: sum(r["goodput_rps"] for r in results[name]))
 
@@ -177,10 +191,9 @@ class Contest:
             pairs = zip(results[OURS], results[over], strict=True)
             return Estimate.of([mine[field] / max(theirs[field], 1e-9) for mine, theirs in pairs])
 
-        def means(name: str) -> dict[str, float]:
+        def means(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             fields = ("goodput_rps", "slo_share", "ttft_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "offload_share", "egress_gbps")
-            found = {field: Estimate.of([r[field] for r in results[name]]).mean for field in fields}
-            return {"parameter": chosen[name], **found}
+            return {field: Estimate.of([r[field] for r in found]).mean for field in fields}
 
         return Verdict(
             cell=cell.name,
@@ -192,5 +205,6 @@ class Contest:
             vs_best=ratio(static, "goodput_rps"),
             vs_paper=ratio(paper, "goodput_rps"),
             p90_vs_paper=ratio(paper, "ttft_p90_s"),
-            policies={name: means(name) for name in results},
+            policies={name: {"parameter": chosen[name], **means(found)} for name, found in results.items()},
+            equal_cost=means(others),
         )

@@ -23,7 +23,7 @@ class Summary:
         self.met = self.remote = self.fallbacks = 0
         self.kv_bytes = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0.0
         self._first = math.inf
-        self._last = -math.inf
+        self._last = self._served = -math.inf
 
     def add(self, job: Job) -> None:
         """Counts a finished request."""
@@ -35,6 +35,8 @@ class Summary:
             self._first = arrived
         if arrived > self._last:
             self._last = arrived
+        if job.first_s > self._served:
+            self._served = job.first_s
         self.ttft.add(ttft)
         if output > 1:
             self.tpot.add(tpot)
@@ -55,6 +57,8 @@ class Summary:
     def result(self, sim: Simulation) -> dict[str, Any]:
         """Seconds, requests per simulated second, shares. Rates are over the time in which the counted requests arrived.
 
+        Except goodput: that is over the time until the last of them had its first token, so that a policy which lets a queue grow without
+        end, and keeps the SLO for others meanwhile, pays for draining it.
         A key is absent where nothing was counted for it.
         """
         if not self.requests:
@@ -68,7 +72,7 @@ class Summary:
             result |= {f"{name}_p{q}_s": histogram.percentile(q) for q in (50, 90, 99)}
         result |= {
             "arrival_rps": self.requests / span,
-            "goodput_rps": self.met / span,
+            "goodput_rps": self.met / max(self._served - self._first, 1e-9),
             "slo_share": self.met / self.requests,
             "offload_share": self.remote / self.requests,
             "fallbacks": self.fallbacks,
