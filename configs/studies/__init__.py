@@ -1,8 +1,10 @@
 """One file per study: a system, its workload and how it is simulated. `case_study` and `mix_of` turn one into what the planner takes."""
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs.models import load_model_config
@@ -11,10 +13,15 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
+from prfaas_jax.scheduling.planner import grid, topology_of
 from prfaas_jax.scheduling.profiles import Instance
 from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import GBPS
+from prfaas_jax.simulation.contenders import CONTENDERS, Ground
+from prfaas_jax.simulation.runs import Run
+from prfaas_jax.simulation.scenario import Outage, Part, SimOptions, SquareWave, random_outages
 from prfaas_jax.simulation.traces import MIX_REQUESTS, open_workload, trace_mix
+from prfaas_jax.simulation.workloads import Bursty, GammaArrivals, Poisson, Synthetic, Workload
 
 MIB = 2**20
 
@@ -76,6 +83,62 @@ def mix_of(config: ConfigDict) -> Mix:
     if w.output_tokens < 1:
         raise InvalidInput("config.workload.output_tokens", w.output_tokens, "at least 1 token")
     return Mix.log_normal(lengths_of(config), w.output_tokens)
+
+
+def workload_of(config: ConfigDict, rate: float) -> Workload:
+    """The arrivals of a study at `rate` requests/s: synthetic ones, or those of its trace, faster or slower.
+
+    Raises:
+        InvalidInput: an unknown arrival process, or numbers that make no workload.
+    """
+    w = config.workload
+    if config.trace:
+        trace = open_workload(config.trace)
+        return trace.scaled(rate / trace_mix(trace, bins=1)[1])
+    match w.arrivals:
+        case "poisson":
+            process: Poisson | GammaArrivals | Bursty = Poisson(rate)
+        case "gamma":
+            process = GammaArrivals(rate, w.cv)
+        case "bursty":
+            process = Bursty(rate, w.burst_factor, w.burst_s, w.quiet_s)
+        case _:
+            raise InvalidInput("config.workload.arrivals", w.arrivals, "poisson, gamma or bursty")
+    return Synthetic(process, lengths_of(config), w.output_tokens, requests=config.requests)
+
+
+def run_of(config: ConfigDict) -> Run:
+    """The simulation of a study: roles, threshold and rate by the planner where the config leaves them to it.
+
+    Raises:
+        InvalidInput: as `case_study`, `mix_of` and `workload_of`; a policy that is not known; outages or a wave that make no sense.
+    """
+    case, mix = case_study(config), mix_of(config)
+    if config.policy not in CONTENDERS:
+        raise InvalidInput("config.policy", config.policy, f"one of {', '.join(CONTENDERS)}")
+    fixed = config.n_prefill_local if config.n_prefill_local >= 0 else None
+    plan = grid(case, mix, config.reading, config.t_step, fixed)
+    topology = topology_of(case, plan.n_p)
+    rate = config.rate or config.load * plan.lambda_max
+    kind, parameter = CONTENDERS[config.policy][0], config.parameter
+    if not kind:
+        parameter = 0.0
+    elif parameter < 0:
+        parameter = plan.p if kind == "share" else min(plan.t, float(mix.uncached.max()))
+    links = {}
+    if config.wave_low_gbps:
+        links["prfaas", "pd"] = SquareWave(config.wave_low_gbps * GBPS, config.wave_period_s)
+    outages: tuple[Outage, ...] = ()
+    if config.mtbf_s:
+        targets: list[tuple[str, Part, int]] = [("prfaas", "prefill", i) for i in range(config.n_prfaas)]
+        targets += [("pd", "prefill", i) for i in range(plan.n_p)] + [("pd", "decode", i) for i in range(plan.n_d)]
+        rng = np.random.default_rng(0)
+        outages = random_outages(targets, config.mtbf_s, config.mttr_s, 2 * config.requests / rate, rng)
+    ground = Ground(topology, mix, SimOptions(**config.sim.to_dict()))
+    requests = config.requests
+    if config.trace:  # it may have fewer, and the warm-up is a share of those
+        requests = sum(1 for _ in itertools.islice(open_workload(config.trace).arrivals(0), requests))
+    return Run(ground, workload_of(config, rate), config.policy, parameter, 0, requests, links, outages)
 
 
 def lengths_of(config: ConfigDict) -> LogNormalLengths:

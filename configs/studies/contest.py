@@ -50,7 +50,6 @@ def get_config() -> ConfigDict:
     config.sim.prefill_cache_bytes = 2e12
     config.sim.decode_cache_bytes = 4e12
     config.wave_low_gbps = 5.0
-    config.wave_period_s = 120.0
     config.outage_at_s = 300.0  # and again after each `outage_every_s`
     config.outage_every_s = 900.0
     config.outage_s = 60.0

@@ -29,11 +29,16 @@ def get_config() -> ConfigDict:
             "local_gbps": 800.0,  # inside the PD cluster
             "reading": "mean",  # T at the mean length, as printed; or "exact", E[T]
             "t_step": 100.0,  # tokens between the thresholds that are tried
-            "policy": "threshold",
+            "policy": "threshold",  # a name of prfaas_jax.simulation.contenders.CONTENDERS
+            "parameter": -1.0,  # its threshold or share; -1: the planner's
             "load": 0.9,  # of Lambda_max
             "rate": 0.0,  # requests/s; 0: load * Lambda_max
             "requests": 20_000,
             "trace": "",  # .jsonl or .csv, also .gz, instead of the workload's lengths
+            "wave_low_gbps": 0.0,  # the link has this for half of every wave_period_s; 0: it is steady
+            "wave_period_s": 120.0,
+            "mtbf_s": 0.0,  # mean seconds between failures of each instance; 0: none fails
+            "mttr_s": 60.0,
             "workload": {
                 "mu": 9.90,  # of log(prompt tokens)
                 "sigma": 1.00,

@@ -132,12 +132,15 @@ class PriceController:
 class ThresholdController:
     """Short timescale, as the paper has it: t searched again on the last requests' incremental lengths when the egress or a queue is full.
 
-    The paper gives no triggers. Here: the link's capacity changed by more than a twentieth, or the work placed on it, or waiting in a
-    prefill queue, would take longer than `backlog_s`; at most every `period_s`. A new t is taken only if the model expects `gain` of it:
-    that is the hysteresis.
+    The paper gives no triggers. Here: the link's capacity changed by more than a twentieth, or N_p did, or the work placed on the link, or
+    waiting in a prefill queue, would take longer than `backlog_s`; at most every `period_s`. A new t is taken only if the model expects
+    `gain` of it: that is the hysteresis. N_p is the region's present one, so that t follows when instances change their roles.
     """
 
     def __init__(self, case: CaseStudy, n_p: int, t: int, period_s: float = 15.0, backlog_s: float = 5.0, gain: float = 0.02):
+        for field, value in (("period_s", period_s), ("backlog_s", backlog_s), ("gain", gain)):
+            if not value >= 0:
+                raise InvalidInput(f"threshold.{field}", value, "a number >= 0")
         self._case, self._n_p, self.t = case, n_p, t
         self._period_s, self._backlog_s, self._gain = period_s, backlog_s, gain
         self._recent = RecentMix()
@@ -150,24 +153,24 @@ class ThresholdController:
 
     def update(self, view: ClusterView, now: float) -> Sequence[Action]:
         """See Controller."""
-        mix = self._recent.mix()
         if view.links is None or view.prefill.load is None or view.decode.load is None:
             raise InvalidInput("view", view, "loads and links")
         rate = float(view.links.bytes_per_s[0, 0])
         full = [load.drained_at_s.max() - now > self._backlog_s for load in (view.prefill.load, view.decode.load)]
         full.append(rate > 0 and view.links.pending_bytes[0, 0] / rate > self._backlog_s)
-        changed = abs(rate - self._rate) > 0.05 * self._rate
-        if mix is None or rate <= 0 or now - self._searched_at < self._period_s or not (changed or any(full)):
+        n_p = min(int(view.decode.load.instances[0]), self._case.n_pd - 1)
+        changed = abs(rate - self._rate) > 0.05 * self._rate or n_p != self._n_p
+        if rate <= 0 or now - self._searched_at < self._period_s or not (changed or any(full)) or (mix := self._recent.mix()) is None:
             return ()
-        self._searched_at, self._rate = now, rate
+        self._searched_at, self._rate, self._n_p = now, rate, n_p
         case = dataclasses.replace(self._case, b_out=rate)
         thresholds = np.append(np.arange(0.0, float(mix.uncached.max()) + 1, 250.0), self.t)
-        found = case.operate(mix, thresholds, self._n_p, "exact").lambda_max
+        found = case.operate(mix, thresholds, n_p, "exact").lambda_max
         best = int(np.argmax(found))
         if found[best] < found[-1] * (1 + self._gain):
             return ()
         self.t = int(thresholds[best])
-        return (UsePolicy(Threshold(self.t), f"t searched again at {rate:.3g} bytes/s"),)
+        return (UsePolicy(Threshold(self.t), f"t searched again at {rate:.3g} bytes/s, N_p {n_p}"),)
 
 
 class RoleController:
@@ -190,6 +193,9 @@ class RoleController:
         for field, value in (("period_s", period_s), ("cooldown_s", cooldown_s)):
             if not value > 0:
                 raise InvalidInput(f"roles.{field}", value, "seconds above zero")
+        for field, value, least in (("gain", gain, 0), ("confirm", confirm, 1)):
+            if not value >= least:
+                raise InvalidInput(f"roles.{field}", value, f"a number >= {least}")
         self._topology, self._period_s = topology, period_s
         self._gain, self._confirm, self._cooldown_s = gain, confirm, cooldown_s
         self._recent, self._average = RecentMix(), AverageRates(window_s)
@@ -203,8 +209,9 @@ class RoleController:
     def update(self, view: ClusterView, now: float) -> Sequence[Action]:
         """See Controller."""
         self._average.add(view, now)
-        mix = self._recent.mix()
-        if mix is None or now - self._looked_at < self._period_s or now - self._converted_at < self._cooldown_s:
+        if now - self._looked_at < self._period_s or now - self._converted_at < self._cooldown_s:
+            return ()
+        if (mix := self._recent.mix()) is None:
             return ()
         self._looked_at = now
         links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._average.rates[x.prefill, x.decode])) for x in self._topology.links)
@@ -248,21 +255,25 @@ def link_rates(view: ClusterView) -> dict[tuple[str, str], float]:
     """(prefill, decode) -> bytes/s by the view; raises InvalidInput for a view without links."""
     if view.links is None:
         raise InvalidInput("view.links", None, "links: this controller follows them")
-    return {
-        (p, d): float(view.links.bytes_per_s[i, j]) for i, p in enumerate(view.prefill.names) for j, d in enumerate(view.decode.names)
-    }
+    return {(p, d): float(view.links.bytes_per_s[i, j]) for i, p in enumerate(view.prefill.names) for j, d in enumerate(view.decode.names)}
 
 
 def present(topology: Topology, view: ClusterView) -> Topology:
-    """The topology with the roles that regions have now, by the view's count of prefill instances."""
+    """The topology with the roles that regions have now, by the view's count of prefill instances and of decode slots.
+
+    Both, so that an instance that failed, or is on its way between roles, counts for neither.
+    """
     load = view.decode.load
     if load is None:
         raise InvalidInput("view.decode.load", None, "loads: this controller counts instances")
-    prefill = dict(zip(view.decode.names, (int(n) for n in load.instances), strict=True))
+    rows = {name: i for i, name in enumerate(view.decode.names)}
     regions = []
     for region in topology.regions:
-        n_p = min(prefill.get(region.name, region.prefill), region.instances - 1)
-        regions.append(dataclasses.replace(region, prefill=n_p, decode=region.instances - n_p))
+        if (row := rows.get(region.name)) is not None:
+            n_p = min(int(load.instances[row]), region.instances - 1)
+            n_d = min(max(1, round(float(load.slots[row]) / region.instance.max_batch)), region.instances - n_p)
+            region = dataclasses.replace(region, prefill=n_p, decode=n_d)
+        regions.append(region)
     linked = {link.decode for link in topology.links}
-    kept = tuple(r if r.prefill or r.name in linked else dataclasses.replace(r, prefill=1, decode=r.instances - 1) for r in regions)
+    kept = tuple(r if r.prefill or r.name in linked else dataclasses.replace(r, prefill=1) for r in regions)
     return dataclasses.replace(topology, regions=kept)

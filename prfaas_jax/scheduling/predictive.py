@@ -156,9 +156,10 @@ class ShadowPrice:
     busier the system, the more it counts what a path takes, and the less how fast it is. What it takes: its prefill seconds and link bytes,
     at the shadow prices of the throughput program; prices say what is scarce in the long run. A second on instances for which work waits
     costs `queue_price` more per second of that work: it says what is scarce now. What waits for a link is not priced, since the link may
-    be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case, and goes where it takes
-    least from others. So long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO for
-    the sake of the rule, and there is no threshold to tune.
+    be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case. It goes where it takes
+    least from others, and a prefill cluster looks the cheaper the more work waits there: late requests gather where others are late
+    already, and the rest of the system stays in time. So long prompts drift to the fast cluster and short ones stay, as with a threshold,
+    but nobody misses the SLO for the sake of the rule, and there is no threshold to tune.
 
     Attributes:
         predictor: of TTFT.
@@ -168,6 +169,7 @@ class ShadowPrice:
         margin: share of the SLO that a prediction may use.
         slo_scale: the SLO is slo_scale * T + slo_base_s, with T the prefill time on the fastest path.
         slo_base_s: see there.
+        gather_s: to a late request every so many seconds of work waiting on a prefill cluster divide its cost by e.
     """
 
     predictor: Predictor
@@ -177,12 +179,13 @@ class ShadowPrice:
     margin: float = 0.9
     slo_scale: float = 3.0
     slo_base_s: float = 0.5
+    gather_s: float = 30.0
 
     def __post_init__(self) -> None:
         for field in ("queue_price", "slo_base_s"):
             if not getattr(self, field) >= 0:
                 raise InvalidInput(f"shadow_price.{field}", getattr(self, field), "a number >= 0")
-        for field in ("busy_s", "margin", "slo_scale"):
+        for field in ("busy_s", "margin", "slo_scale", "gather_s"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(f"shadow_price.{field}", getattr(self, field), "a number above zero")
         object.__setattr__(self, "_tables", {})
@@ -210,8 +213,9 @@ class ShadowPrice:
             local += (1 - busy) * paths.local_ttft_s / slo
             remote += (1 - busy) * paths.remote_ttft_s / slo
         # Late paths only where there is no other: no price is ever as high.
-        local += np.where(paths.local_ttft_s <= self.margin * slo, 0.0, 1e9)
-        remote += np.where(paths.remote_ttft_s <= self.margin * slo, 0.0, 1e9)
+        local = np.where(paths.local_ttft_s <= self.margin * slo, local, 1e9 + local)
+        late = 1e9 + remote * np.exp(-far_queue / self.gather_s)[:, None]
+        remote = np.where(paths.remote_ttft_s <= self.margin * slo, remote, late)
         local[np.isinf(paths.local_ttft_s)] = math.inf
         remote[np.isinf(paths.remote_ttft_s)] = math.inf
         return _choose(view, paths, local, remote, "shadow_price")

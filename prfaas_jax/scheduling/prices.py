@@ -19,10 +19,12 @@ def placement_prices(topology: Topology, mix: Mix, bytes_per_s: Mapping[tuple[st
         topology: clusters with the roles that they have now.
         mix: of the requests to come.
         bytes_per_s: (prefill cluster, region) -> what the link moves now, where that is not what the topology says; 0 for a link that is
-            down. Such a link has no price: nobody can take it.
+            down, as is one of less than a byte/s. Such a link has no price: nobody can take it.
         bins: resolution of the program.
     """
-    found = optimum(_placement_only(topology, bytes_per_s or {}), mix, bins)
+    found = placement_optimum(topology, mix, bytes_per_s, bins)
+    if found is None:
+        return Prices({}, {})
     prefill: dict[str, float] = {}
     links: dict[tuple[str, str], float] = {}
     for resource in found.resources:
@@ -34,14 +36,15 @@ def placement_prices(topology: Topology, mix: Mix, bytes_per_s: Mapping[tuple[st
     return Prices(prefill, links)
 
 
-def placement_optimum(topology: Topology, mix: Mix, bytes_per_s: Mapping[tuple[str, str], float] | None = None, bins: int = 32) -> Optimum:
-    """The optimum with decode that never binds; arguments as of `placement_prices`."""
-    return optimum(_placement_only(topology, bytes_per_s or {}), mix, bins)
-
-
-def _placement_only(topology: Topology, bytes_per_s: Mapping[tuple[str, str], float]) -> Topology:
-    rates = {(x.prefill, x.decode): bytes_per_s.get((x.prefill, x.decode), x.bytes_per_s) for x in topology.links}
-    links = tuple(dataclasses.replace(x, bytes_per_s=rates[x.prefill, x.decode]) for x in topology.links if rates[x.prefill, x.decode] > 0)
+def placement_optimum(
+    topology: Topology, mix: Mix, bytes_per_s: Mapping[tuple[str, str], float] | None = None, bins: int = 32
+) -> Optimum | None:
+    """The optimum with decode that never binds, None where nothing can prefill for any region; arguments as of `placement_prices`."""
+    rates = {(x.prefill, x.decode): (bytes_per_s or {}).get((x.prefill, x.decode), x.bytes_per_s) for x in topology.links}
+    # A mean over a long outage falls without end; the program fails at numbers out of all range.
+    links = tuple(dataclasses.replace(x, bytes_per_s=rates[x.prefill, x.decode]) for x in topology.links if rates[x.prefill, x.decode] >= 1)
     reached = {x.decode for x in links}
     regions = tuple(dataclasses.replace(r, decode=_AMPLE) for r in topology.regions if r.prefill or r.name in reached)
-    return dataclasses.replace(topology, regions=regions, links=links)
+    if not regions:
+        return None
+    return optimum(dataclasses.replace(topology, regions=regions, links=links), mix, bins)

@@ -16,7 +16,7 @@ import numpy as np
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import Mix
-from prfaas_jax.scheduling.optimum import optimum
+from prfaas_jax.scheduling.optimum import Optimum, optimum
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.simulation.contenders import CONTENDERS, Ground
 from prfaas_jax.simulation.runs import Estimate, Run, sweep
@@ -84,14 +84,28 @@ def equal_cost(topology: Topology, mix: Mix) -> Topology:
     return max(alone, key=lambda candidate: optimum(candidate, mix).lambda_max)
 
 
-def parameters(name: str, mix: Mix, points: int) -> list[float]:
-    """The grid over which a baseline is tuned: quantiles of the uncached lengths, or shares."""
+# Around the planner's own answer, as factors.
+AROUND = (0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+
+
+def parameters(name: str, planned: Optimum, mix: Mix, points: int) -> list[float]:
+    """The grid over which a baseline is tuned: around what the planner offloads, and `points` quantiles of the uncached lengths or shares.
+
+    The controlled threshold starts from the planner's; it finds its own.
+    """
     kind = CONTENDERS[name][0]
     if not kind:
         return [0.0]
+    offloaded = planned.offloaded()
     if kind == "share":
-        return [float(x) for x in np.linspace(0.1, 0.9, points)]
-    return [float(round(mix.quantile(mix.uncached, q))) for q in np.linspace(0.1, 0.95, points)]
+        share = planned.mix.mean(offloaded)
+        return sorted({*(min(1.0, share * x) for x in AROUND[1:-1]), *map(float, np.linspace(0.1, 0.9, points))})
+    remote = planned.mix.uncached[offloaded >= 0.5]
+    t = float(remote.min()) if remote.size else float(mix.uncached.max())
+    if name == "paper_controlled":
+        return [float(round(t))]
+    quantiles = (mix.quantile(mix.uncached, q) for q in np.linspace(0.1, 0.95, points))
+    return sorted({float(round(x)) for x in (*(t * factor for factor in AROUND), *quantiles)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +166,19 @@ class Contest:
         def run(name: str, parameter: float, seed: int) -> Run:
             return Run(ground, workload, name, parameter, seed, self.requests, cell.links)
 
+        # Without prefixes the paper's two rules are one.
+        baselines = [name for name in CONTENDERS if name != OURS and (name != "paper_prefix" or workload.block_tokens)]
+        planned = optimum(topology, cell.mix)
         tuning = [
             run(name, x, TUNING_SEED + s)
-            for name in CONTENDERS
-            if name != OURS
-            for x in parameters(name, cell.mix, self.points)
+            for name in baselines
+            for x in parameters(name, planned, cell.mix, self.points)
             for s in range(self.tuning_seeds)
         ]
         tuned: dict[tuple[str, float], float] = {}
         for one, result in zip(tuning, sweep(tuning, self.processes, f"{label}: tuning"), strict=True):
             tuned[one.policy, one.parameter] = tuned.get((one.policy, one.parameter), 0.0) + result["goodput_rps"]
-        best = {name: max((x for n, x in tuned if n == name), key=lambda x: tuned[name, x]) for name in CONTENDERS if name != OURS}
+        best = {name: max((x for n, x in tuned if n == name), key=lambda x: tuned[name, x]) for name in baselines}
         static = max(best, key=lambda name: tuned[name, best[name]])
 
         chosen = {**best, OURS: 0.0}
@@ -185,7 +201,7 @@ class Contest:
         results: Mapping[str, Sequence[Mapping[str, Any]]],
         others: Sequence[Mapping[str, Any]],
     ) -> Verdict:
-        paper = max(PAPER, key=lambda name: sum(r["goodput_rps"] for r in results[name]))
+        paper = max((name for name in PAPER if name in results), key=lambda name: sum(r["goodput_rps"] for r in results[name]))
 
         def ratio(over: str, field: str) -> Estimate:
             pairs = zip(results[OURS], results[over], strict=True)

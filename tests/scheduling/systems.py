@@ -1,4 +1,4 @@
-"""The paper's case study and small random systems, for the tests of the throughput model, the planner and the program."""
+"""The paper's case study and small random systems, for the tests of the throughput model, the planner, the program and the policies."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -9,6 +9,8 @@ from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.profiles import FittedDecode, FittedPrefill, Instance
 from prfaas_jax.scheduling.throughput import CaseStudy
+from prfaas_jax.scheduling.topology import Topology
+from prfaas_jax.scheduling.view import ClusterView, Links, Load, Servers
 
 PAPER = case_study(get_config())
 PAPER_MIX = mix_of(get_config())
@@ -43,3 +45,21 @@ def cases(draw: st.DrawFn) -> CaseStudy:
     kv = KvFootprint(draw(st.integers(0, 10**8)), draw(st.integers(1, 10**5)), ((128, draw(st.integers(0, 10**5))),))
     link = draw(st.floats(1e7, 1e10))
     return CaseStudy(kv, draw(instances("far")), draw(instances("near")), draw(st.integers(1, 5)), draw(st.integers(2, 6)), link, 1e11)
+
+
+def idle_view(topology: Topology) -> ClusterView:
+    """What a driver would show of the topology while nothing runs in it; its columns may be written into."""
+
+    def servers(names: list[str], prefill: list[int], slots: list[int]) -> Servers:
+        load = Load.idle(len(names))
+        load.instances[:], load.slots[:], load.free_slots[:] = prefill, slots, slots
+        return Servers(tuple(names), np.ones(len(names), bool), np.zeros(len(names), np.int64), load)
+
+    far = servers([c.name for c in topology.prefill], [c.instances for c in topology.prefill], [0] * len(topology.prefill))
+    slots = [r.decode * r.instance.max_batch for r in topology.regions]
+    near = servers([r.name for r in topology.regions], [r.prefill for r in topology.regions], slots)
+    links = Links(*(np.zeros((len(far.names), len(near.names))) for _ in range(5)))
+    for x in topology.links:
+        pair = far.names.index(x.prefill), near.names.index(x.decode)
+        links.bytes_per_s[pair], links.transfer_bytes_per_s[pair], links.rtt_s[pair] = x.bytes_per_s, x.transfer_bytes_per_s, x.rtt_s
+    return ClusterView(far, near, links)
