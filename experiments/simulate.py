@@ -10,7 +10,6 @@ requests_per_s (simulated per wall second, one process, without writing), ttft_p
 """
 
 import csv
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,8 @@ def main(argv: list[str]) -> None:
     """Flags to runs, their figures, files and headline."""
     del argv
     config = CONFIG.value
-    base = run_of(config)
-    runs = [dataclasses.replace(base, seed=SEED.value + i) for i in range(SEEDS.value)]
+    runs = [run_of(config, SEED.value + i) for i in range(SEEDS.value)]
+    base = runs[0]
     workdir = Workdir(WORKDIR.value, overwrite=True)
     workdir.write_config(config)
     workdir.write_env()

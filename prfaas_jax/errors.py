@@ -12,6 +12,10 @@ class InvalidInput(PrfaasError, ValueError):
         super().__init__(f"{field}={value!r}: expected {expected}")
         self.field, self.value, self.expected = field, value, expected
 
+    def __reduce__(self) -> tuple[type["InvalidInput"], tuple[str, object, str]]:
+        # By default it would be made again from its message alone, and break the pool of processes that it is sent through.
+        return type(self), (self.field, self.value, self.expected)
+
 
 class Exhausted(PrfaasError):
     """A bounded resource (queue, pages, staging) is full right now; maps to gRPC RESOURCE_EXHAUSTED."""
@@ -23,6 +27,9 @@ class PeerMismatch(PrfaasError):
     def __init__(self, field: str, ours: object, theirs: object):
         super().__init__(f"{field} differs: ours {ours!r}, theirs {theirs!r}")
         self.field, self.ours, self.theirs = field, ours, theirs
+
+    def __reduce__(self) -> tuple[type["PeerMismatch"], tuple[str, object, object]]:
+        return type(self), (self.field, self.ours, self.theirs)
 
 
 class TransferError(PrfaasError):

@@ -107,8 +107,8 @@ def workload_of(config: ConfigDict, rate: float) -> Workload:
     return Synthetic(process, lengths_of(config), w.output_tokens, requests=config.requests)
 
 
-def run_of(config: ConfigDict) -> Run:
-    """The simulation of a study: roles, threshold and rate by the planner where the config leaves them to it.
+def run_of(config: ConfigDict, seed: int = 0) -> Run:
+    """The simulation of a study: roles, threshold and rate by the planner where the config leaves them to it; failures by the seed.
 
     Raises:
         InvalidInput: as `case_study`, `mix_of` and `workload_of`; a policy that is not known; outages or a wave that make no sense.
@@ -132,13 +132,13 @@ def run_of(config: ConfigDict) -> Run:
     if config.mtbf_s:
         targets: list[tuple[str, Part, int]] = [("prfaas", "prefill", i) for i in range(config.n_prfaas)]
         targets += [("pd", "prefill", i) for i in range(plan.n_p)] + [("pd", "decode", i) for i in range(plan.n_d)]
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng([seed, 1])  # not the workload's numbers again
         outages = random_outages(targets, config.mtbf_s, config.mttr_s, 2 * config.requests / rate, rng)
     ground = Ground(topology, mix, SimOptions(**config.sim.to_dict()))
     requests = config.requests
     if config.trace:  # it may have fewer, and the warm-up is a share of those
         requests = sum(1 for _ in itertools.islice(open_workload(config.trace).arrivals(0), requests))
-    return Run(ground, workload_of(config, rate), config.policy, parameter, 0, requests, links, outages)
+    return Run(ground, workload_of(config, rate), config.policy, parameter, seed, requests, links, outages)
 
 
 def lengths_of(config: ConfigDict) -> LogNormalLengths:

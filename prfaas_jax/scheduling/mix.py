@@ -91,6 +91,7 @@ class Mix:
         if not total > 0:
             raise InvalidInput("mix.weight", float(total), "weights of which some are above zero")
         order = np.argsort(tokens - rows["cached_pd"], kind="stable")
+        order = order[rows["weight"][order] > 0]
         columns_sorted = {name: column[order] for name, column in rows.items()}
         return cls(
             tokens[order],

@@ -168,6 +168,9 @@ def _pool(instance: PrefillInstance | DecodeInstance) -> PrefillPool | DecodePoo
 
 def refresh_health(sim: "Simulation") -> None:
     """What the router knows from now on."""
+    pools: tuple[PrefillPool | DecodePool, ...] = (*sim.prefill, *sim.local, *sim.decode)
+    for each in pools:
+        each.publish()
     for i, pool in enumerate(sim.prefill):
         sim.view.prefill.healthy[i] = pool.alive and bool(sim.view_links.bytes_per_s[i].any())
     for i, decode in enumerate(sim.decode):
@@ -228,5 +231,6 @@ def _convert(sim: "Simulation", action: Convert) -> None:
 
     instance.draining, instance.drained = True, drained
     source.refresh()
+    refresh_health(sim)
     if not (instance.jobs if isinstance(instance, PrefillInstance) else instance.running):
         drained(instance)

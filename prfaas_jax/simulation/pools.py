@@ -50,8 +50,11 @@ class PrefillPool:
         """Due after instances come, go, fail, recover or begin to drain."""
         self._taking = [i for i in self.instances if i.up and not i.draining]
         self.alive = bool(self._taking)
-        self._load.instances[self.row] = len(self._taking)
         self.note()
+
+    def publish(self) -> None:
+        """Tells the view how many instances take prompts; due when the router learns of it."""
+        self._load.instances[self.row] = len(self._taking)
 
     def note(self) -> None:
         """Writes into the view what the instances have to do; due after every change of it."""
@@ -137,5 +140,8 @@ class DecodePool:
         """Due after instances come, go, fail, recover or begin to drain."""
         self._taking = [i for i in self.instances if i.up and not i.draining]
         self.alive = bool(self._taking)
-        self._load.slots[self.row] = len(self._taking) * self.instance.max_batch
         self.pump()
+
+    def publish(self) -> None:
+        """Tells the view how many slots there are; due when the router learns of it."""
+        self._load.slots[self.row] = len(self._taking) * self.instance.max_batch

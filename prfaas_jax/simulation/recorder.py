@@ -59,7 +59,8 @@ class Usage:
     def _sample(self, _: object) -> None:
         kernel = self._simulation.kernel
         self.samples.take(kernel.now)
-        if self._simulation.jobs or self._simulation.left:
+        # Where nothing else is to come the run is over, or stuck, and must end.
+        if kernel.pending and (self._simulation.jobs or self._simulation.left):
             kernel.at(kernel.now + self.samples.period_s, self._sample)
 
     def _read(self) -> dict[str, float]:

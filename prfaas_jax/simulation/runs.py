@@ -87,9 +87,12 @@ def sweep(runs: Sequence[Run], processes: int = 1, label: str = "simulating", de
     """
     if processes < 1:
         raise InvalidInput("processes", processes, "at least 1")
+    began = time.monotonic()
     with tqdm(total=len(runs), desc=label, unit="run", disable=None) as bar:
         if processes == 1:
             for run in runs:
+                if time.monotonic() - began > deadline_s:
+                    raise TimeoutError(f"{label}: {len(runs) - bar.n} of {len(runs)} runs are left after {deadline_s} s")
                 yield simulate(run)
                 bar.update()
             return

@@ -140,9 +140,6 @@ def test_average_rates_are_means_over_the_window():
     assert average.rates[FAR, NEAR] == pytest.approx(seen[-1] / np.e)
 
 
-# --- prices ------------------------------------------------------------------------------------------------------------------------
-
-
 def price_controller(topology=TOPOLOGY, **options) -> PriceController:
     return PriceController(topology, ShadowPrice(Predictor(topology, 8192), Prices({}, {}), busy_s=2.0), **options)
 
@@ -298,13 +295,6 @@ def test_a_square_wave_on_the_link_moves_no_instance():
     assert len(world.acts) <= 1
 
 
-def test_a_slow_square_wave_moves_no_instance_back_and_forth_within_the_hour():
-    """Two minutes each: the mean over five moves, by less than what another split is worth."""
-    world = World(RoleController(TOPOLOGY, window_s=900.0))
-    world.run(3600.0, lambda now: (100.0 if now % 240.0 < 120.0 else 5.0) * GBPS)
-    assert len(world.acts) <= 1
-
-
 def test_a_link_that_shrank_for_good_does_move_them():
     world = World(RoleController(TOPOLOGY))
     world.run(2400.0, lambda now: 5 * GBPS)
@@ -321,9 +311,6 @@ def test_a_failed_instance_is_not_taken_for_one_that_decodes():
     world.view.decode.load.instances[:] = 2
     assert not world.run(600.0)
     assert (present(TOPOLOGY, world.view).regions[0].prefill, present(TOPOLOGY, world.view).regions[0].decode) == (2, 5)
-
-
-# --- together ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_t_and_n_p_move_together():
@@ -372,8 +359,6 @@ def test_present_and_link_rates_read_the_view():
     other = present(dataclasses.replace(TOPOLOGY, regions=(dataclasses.replace(region, name="new"),), links=(Link(FAR, "new", 1.0),)), view)
     assert (other.regions[0].prefill, other.regions[0].decode) == (3, 5), "not in the view: as planned"
 
-
-# --- bad input ---------------------------------------------------------------------------------------------------------------------
 
 POLICY = ShadowPrice(Predictor(TOPOLOGY, 8192), Prices({}, {}))
 
