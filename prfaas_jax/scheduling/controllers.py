@@ -214,8 +214,9 @@ class RoleController:
         if (mix := self._recent.mix()) is None:
             return ()
         self._looked_at = now
-        links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._average.rates[x.prefill, x.decode])) for x in self._topology.links)
-        current = dataclasses.replace(present(self._topology, view), links=links)
+        now_there = present(self._topology, view)
+        links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._average.rates[x.prefill, x.decode])) for x in now_there.links)
+        current = dataclasses.replace(now_there, links=links)
         best, expected = None, optimum(current, mix, 32).lambda_max * (1 + self._gain)
         for region in current.regions:
             for to, change in (("prefill", 1), ("decode", -1)):
@@ -259,13 +260,14 @@ def link_rates(view: ClusterView) -> dict[tuple[str, str], float]:
 
 
 def present(topology: Topology, view: ClusterView) -> Topology:
-    """The topology with the roles that regions have now, by the view's count of prefill instances and of decode slots.
+    """The topology as it is now, by the view's counts of prefill instances and of decode slots.
 
-    Both, so that an instance that failed, or is on its way between roles, counts for neither.
+    Both, so that an instance that failed, or is on its way between roles, counts for neither. A prefill cluster without instances is gone,
+    with its links.
     """
-    load = view.decode.load
-    if load is None:
-        raise InvalidInput("view.decode.load", None, "loads: this controller counts instances")
+    load, far = view.decode.load, view.prefill.load
+    if load is None or far is None:
+        raise InvalidInput("view", (load, far), "loads: this controller counts instances")
     rows = {name: i for i, name in enumerate(view.decode.names)}
     regions = []
     for region in topology.regions:
@@ -274,6 +276,10 @@ def present(topology: Topology, view: ClusterView) -> Topology:
             n_d = min(max(1, round(float(load.slots[row]) / region.instance.max_batch)), region.instances - n_p)
             region = dataclasses.replace(region, prefill=n_p, decode=n_d)
         regions.append(region)
-    linked = {link.decode for link in topology.links}
+    counts = {name: int(n) for name, n in zip(view.prefill.names, far.instances, strict=True)}
+    up = [dataclasses.replace(c, instances=n) for c in topology.prefill if (n := counts.get(c.name, c.instances)) > 0]
+    names = {c.name for c in up}
+    links = tuple(link for link in topology.links if link.prefill in names)
+    linked = {link.decode for link in links}
     kept = tuple(r if r.prefill or r.name in linked else dataclasses.replace(r, prefill=1) for r in regions)
-    return dataclasses.replace(topology, regions=kept)
+    return dataclasses.replace(topology, prefill=tuple(up), regions=kept, links=links)

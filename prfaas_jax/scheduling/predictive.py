@@ -222,7 +222,7 @@ class LeastTtft:
 class Prices:
     """What resources are worth: requests/s that one more second per second of prefill, or byte per second of link, would buy.
 
-    `optimum.placement_prices` gives them. Only their ratios matter, and only among the paths of a request.
+    `prices.placement_prices` gives them. Only their ratios matter, and only among the paths of a request.
     """
 
     prefill: Mapping[str, float]

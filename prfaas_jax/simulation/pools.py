@@ -24,6 +24,7 @@ class PrefillPool:
         self.alive = False  # whether there are any
         for _ in range(count):
             self.add()
+        self.publish()
 
     def add(self) -> PrefillInstance:
         """One more instance."""
@@ -96,6 +97,7 @@ class DecodePool:
         self.joined: Callable[[DecodeTask], None] = lambda task: None
         for _ in range(count):
             self.add()
+        self.publish()
 
     def add(self) -> DecodeInstance:
         """One more instance, which takes waiting requests at once."""

@@ -24,13 +24,11 @@ class Histogram:
         self._last = len(self._bins) - 1
         self.count = 0
         self.total = 0.0
-        self.total_squares = 0.0
 
     def add(self, seconds: float) -> None:
         """Counts one time >= 0."""
         self.count += 1
         self.total += seconds
-        self.total_squares += seconds * seconds
         i = int((math.log(seconds) - self._LOG_LOW) / self._STEP) + 1 if seconds > _LOW else 0
         self._bins[i if i < self._last else self._last] += 1
 
