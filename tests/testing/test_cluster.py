@@ -19,8 +19,8 @@ from prfaas_jax.testing.cluster import Cluster, ClusterOptions, LinkTrace, phase
 ENGINE = EngineOptions("random:qwen3_toy", dtype="float32", chunk=64, max_length=256, max_rows=8, max_prefill_rows=1, page_size=16)
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def ask(address: str, length: int) -> generation_pb2.Usage:
@@ -46,15 +46,16 @@ def test_long_prompts_cross_the_link_and_short_ones_do_not(tmp_path):
         assert usage.kv_bytes_moved < trace.passed < 1.05 * usage.kv_bytes_moved
         assert cluster.decode_status().engine.tokens_prefilled == 100
         assert cluster.prefill_status().engine.tokens_prefilled == 101
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_server_that_does_not_start_ends_all_and_says_why(tmp_path):
+    before = children()  # a pool of processes that another test used leaves its resource tracker running
     bad = EngineOptions("random:no_such_model", max_length=256)
     cluster = Cluster(ClusterOptions(ENGINE, bad, threshold_tokens=100), tmp_path)
     with pytest.raises(LaunchFailed, match=r"(?s)decode ended with code 2.*no_such_model"), cluster:
         pass
-    assert children() == []
+    assert children() <= before
 
 
 def test_the_phase_is_read_from_the_last_progress_bar():
