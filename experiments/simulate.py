@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from configs.studies import run_of
+from configs.studies import runs_of
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
 from prfaas_jax.simulation.recorder import RequestTable, Timeline, Usage
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     """Flags to runs, their figures, files and headline."""
     del argv
     config = CONFIG.value
-    runs = [run_of(config, SEED.value + i) for i in range(SEEDS.value)]
+    runs = runs_of(config, range(SEED.value, SEED.value + SEEDS.value))
     base = runs[0]
     workdir = Workdir(WORKDIR.value, overwrite=True)
     workdir.write_config(config)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,8 @@ def workload_of(config: ConfigDict, rate: float) -> Workload:
     return Synthetic(process, lengths_of(config), w.output_tokens, requests=config.requests)
 
 
-def run_of(config: ConfigDict, seed: int = 0) -> Run:
-    """The simulation of a study: roles, threshold and rate by the planner where the config leaves them to it; failures by the seed.
+def runs_of(config: ConfigDict, seeds: Sequence[int]) -> list[Run]:
+    """A study's simulation per seed: roles, threshold and rate by the planner where the config leaves them to it; failures by the seed.
 
     Raises:
         InvalidInput: as `case_study`, `mix_of` and `workload_of`; a policy that is not known; outages or a wave that make no sense.
@@ -128,17 +129,21 @@ def run_of(config: ConfigDict, seed: int = 0) -> Run:
     links = {}
     if config.wave_low_gbps:
         links["prfaas", "pd"] = SquareWave(config.wave_low_gbps * GBPS, config.wave_period_s)
-    outages: tuple[Outage, ...] = ()
-    if config.mtbf_s:
-        targets: list[tuple[str, Part, int]] = [("prfaas", "prefill", i) for i in range(config.n_prfaas)]
-        targets += [("pd", "prefill", i) for i in range(plan.n_p)] + [("pd", "decode", i) for i in range(plan.n_d)]
+    targets: list[tuple[str, Part, int]] = [("prfaas", "prefill", i) for i in range(config.n_prfaas)]
+    targets += [("pd", "prefill", i) for i in range(plan.n_p)] + [("pd", "decode", i) for i in range(plan.n_d)]
+
+    def outages(seed: int) -> tuple[Outage, ...]:
+        if not config.mtbf_s:
+            return ()
         rng = np.random.default_rng([seed, 1])  # not the workload's numbers again
-        outages = random_outages(targets, config.mtbf_s, config.mttr_s, 2 * config.requests / rate, rng)
+        return random_outages(targets, config.mtbf_s, config.mttr_s, 2 * config.requests / rate, rng)
+
     ground = Ground(topology, mix, SimOptions(**config.sim.to_dict()))
     requests = config.requests
     if config.trace:  # it may have fewer, and the warm-up is a share of those
         requests = sum(1 for _ in itertools.islice(open_workload(config.trace).arrivals(0), requests))
-    return Run(ground, workload_of(config, rate), config.policy, parameter, seed, requests, links, outages)
+    workload = workload_of(config, rate)
+    return [Run(ground, workload, config.policy, parameter, seed, requests, links, outages(seed)) for seed in seeds]
 
 
 def lengths_of(config: ConfigDict) -> LogNormalLengths:

@@ -159,8 +159,7 @@ def choose_prefill(items: Iterable[Waiting], buckets: Sequence[Bucket], chunk: i
         # One row per step: the most urgent one, in the smallest bucket that holds it.
         first = min(items, key=urgency)
         taken_tokens = next_tokens(first, chunk)
-        bucket = min((b for b in buckets if b.tokens >= taken_tokens), key=_by_size)
-        return PrefillChoice(bucket, (PrefillRow(first.ticket, 0, first.start, taken_tokens),))
+        return PrefillChoice(_smallest(buckets, 1, taken_tokens), (PrefillRow(first.ticket, 0, first.start, taken_tokens),))
 
     order = sorted(items, key=urgency)
     tokens = {item.ticket: next_tokens(item, chunk) for item in order}

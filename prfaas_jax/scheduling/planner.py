@@ -146,7 +146,7 @@ def best_roles(topology: Topology, mix: Mix) -> tuple[Topology, Optimum]:
         InvalidInput: more than `MAX_ROLES` combinations of roles; plan the regions one by one.
     """
     best: tuple[Topology, Optimum] | None = None
-    for candidate in _role_choices(topology):
+    for candidate in role_choices(topology):
         found = optimum(candidate, mix)
         if best is None or found.lambda_max > best[1].lambda_max * (1 + 1e-9):
             best = candidate, found
@@ -154,7 +154,8 @@ def best_roles(topology: Topology, mix: Mix) -> tuple[Topology, Optimum]:
     return best
 
 
-def _role_choices(topology: Topology) -> Iterator[Topology]:
+def role_choices(topology: Topology) -> Iterator[Topology]:
+    """The topology with every split of its regions; InvalidInput for more than `MAX_ROLES` of them."""
     linked = {link.decode for link in topology.links}
     choices = [range(0 if r.name in linked else 1, r.instances) for r in topology.regions]
     count = math.prod(map(len, choices))

@@ -57,9 +57,14 @@ class Link:
     window_bytes: float = math.inf
 
     @property
+    def window_bytes_per_s(self) -> float:
+        """What one transfer gets at most, whatever the link has: a window per round trip; infinite where neither is given."""
+        return self.window_bytes / self.rtt_s if self.rtt_s else math.inf
+
+    @property
     def transfer_bytes_per_s(self) -> float:
         """The most that one transfer gets."""
-        return min(self.bytes_per_s, self.window_bytes / self.rtt_s if self.rtt_s else math.inf)
+        return min(self.bytes_per_s, self.window_bytes_per_s)
 
 
 @dataclasses.dataclass(frozen=True)

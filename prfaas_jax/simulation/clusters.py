@@ -10,7 +10,6 @@ from prfaas_jax.simulation.kernel import Kernel
 from prfaas_jax.simulation.links import Network, Pair, Transfer
 from prfaas_jax.simulation.prefix_cache import PrefixCache
 from prfaas_jax.simulation.scenario import SimOptions
-from prfaas_jax.simulation.unloaded import window_rate
 
 # By rows of the view: prefill cluster, region; None where there is no link.
 PairTable = list[list[Pair | None]]
@@ -48,7 +47,7 @@ def pair_tables(
         pairs: PairTable = [[None] * len(regions) for _ in clusters]
         for x in topology.links:
             source, target = (x.prefill, x.decode) if forward else (x.decode, x.prefill)
-            pair = network.add(x.bytes_per_s, over, window_rate(x), x.rtt_s / 2, f"out {source}", f"in {target}")
+            pair = network.add(x.bytes_per_s, over, x.window_bytes_per_s, x.rtt_s / 2, f"out {source}", f"in {target}")
             pairs[clusters.index(x.prefill)][regions.index(x.decode)] = pair
         return pairs
 

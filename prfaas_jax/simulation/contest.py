@@ -2,9 +2,9 @@
 
 Rules. SLO: TTFT <= slo_scale * unloaded T(l) + slo_base_s and TPOT <= slo_tpot_s. Load: a share of what the planner's best roles sustain in
 the cell (averaged over the link's states where it has several), and those roles for everybody. Goodput: requests within the SLO, over the
-time until the last first token (`Summary.result` says why). A baseline's parameter
-is the best of its grid by goodput, on tuning seeds; the best static baseline is the one with most goodput there. Ours has no parameter to
-tune per cell; its constants were chosen on the cells that are not held out.
+time until the last first token (`Summary.result` says why). A baseline's parameter is the best of its grid by goodput, on tuning seeds; the
+best static baseline is the one with most goodput there. Ours has no parameter to tune per cell; its constants were chosen on the cells that
+are not held out.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.optimum import Optimum, optimum
+from prfaas_jax.scheduling.planner import best_roles, role_choices
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.simulation.contenders import CONTENDERS, Ground
 from prfaas_jax.simulation.runs import Estimate, Run, sweep
@@ -38,10 +39,10 @@ class Cell:
         name: "link/workload".
         hard: at most 12 Gbps, bursts or sessions: where a policy can make a difference.
         held_out: never looked at while our constants were chosen.
-        topology: with any roles; `ground` chooses them.
+        topology: with any roles; `plan_cell` chooses them.
         mix: of the workload, for planner and grids.
         rate: of the workload in requests/s, before it is scaled to the load.
-        workload: has `scaled(factor)`.
+        workload: arrivals at `rate`.
         links: how links change.
         states: the bytes/s of the first link and the share of time that it has them, for the planner.
     """
@@ -52,36 +53,32 @@ class Cell:
     topology: Topology
     mix: Mix
     rate: float
-    workload: Any
+    workload: Workload
     links: Mapping[tuple[str, str], LinkPlan]
     states: tuple[tuple[float, float], ...]
 
 
 def plan_cell(cell: Cell) -> tuple[Topology, float]:
     """The roles that sustain most of the cell's mix, on average over the link's states, and that rate in requests/s."""
-    best: tuple[float, Topology] | None = None
-    (region,) = cell.topology.regions
-    for n_p in range(0, region.instances):
-        roles = dataclasses.replace(region, prefill=n_p, decode=region.instances - n_p)
-        rate = 0.0
+
+    def rate(roles: Topology) -> float:
+        total = 0.0
         for bytes_per_s, share in cell.states:
-            links = tuple(dataclasses.replace(x, bytes_per_s=bytes_per_s) for x in cell.topology.links) if bytes_per_s else ()
-            if not links and not n_p:
-                continue  # nothing prefills
-            rate += share * optimum(dataclasses.replace(cell.topology, regions=(roles,), links=links), cell.mix).lambda_max
-        if best is None or rate > best[0]:
-            best = rate, dataclasses.replace(cell.topology, regions=(roles,))
-    assert best is not None  # a region has at least one instance
-    return best[1], best[0]
+            links = tuple(dataclasses.replace(x, bytes_per_s=bytes_per_s) for x in roles.links) if bytes_per_s else ()
+            if links or roles.regions[0].prefill:  # else nothing prefills
+                total += share * optimum(dataclasses.replace(roles, links=links), cell.mix).lambda_max
+        return total
+
+    rates = [(roles, rate(roles)) for roles in role_choices(cell.topology)]
+    return max(rates, key=lambda pair: pair[1])
 
 
 def equal_cost(topology: Topology, mix: Mix) -> Topology:
     """A homogeneous region for the money of the whole topology (rounded down), in the roles that sustain most of the mix."""
     (region,) = topology.regions
     count = max(2, int(topology.cost_per_hour / region.instance.cost_per_hour + 1e-9))
-    choices = [dataclasses.replace(region, prefill=n, decode=count - n) for n in range(1, count)]
-    alone = [dataclasses.replace(topology, prefill=(), regions=(choice,), links=()) for choice in choices]
-    return max(alone, key=lambda candidate: optimum(candidate, mix).lambda_max)
+    alone = dataclasses.replace(region, prefill=1, decode=count - 1)
+    return best_roles(dataclasses.replace(topology, prefill=(), regions=(alone,), links=()), mix)[0]
 
 
 # Around the planner's own answer, as factors.
@@ -161,7 +158,7 @@ class Contest:
     def _judge(self, cell: Cell, label: str) -> Verdict:
         topology, most = plan_cell(cell)
         ground = Ground(topology, cell.mix, self.options)
-        workload: Workload = cell.workload.scaled(self.load * most / cell.rate)
+        workload = cell.workload.scaled(self.load * most / cell.rate)
 
         def run(name: str, parameter: float, seed: int) -> Run:
             return Run(ground, workload, name, parameter, seed, self.requests, cell.links)

@@ -16,7 +16,6 @@ from prfaas_jax.simulation.pools import DecodePool, PrefillPool
 from prfaas_jax.simulation.prefill import PrefillInstance
 from prfaas_jax.simulation.prefix_cache import PrefixCache
 from prfaas_jax.simulation.scenario import LinkPlan, Outage
-from prfaas_jax.simulation.unloaded import window_rate
 
 if TYPE_CHECKING:
     from prfaas_jax.simulation.simulator import Simulation
@@ -33,7 +32,7 @@ def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outag
         link = sim.topology.link(cluster, region)
         if link is None:
             raise InvalidInput("links", (cluster, region), f"one of {[(x.prefill, x.decode) for x in sim.topology.links]}")
-        _next_change(sim, sim.cluster_row[cluster], sim.region_row[region], plan.changes(link.bytes_per_s), window_rate(link))
+        _next_change(sim, sim.cluster_row[cluster], sim.region_row[region], plan.changes(link.bytes_per_s), link.window_bytes_per_s)
     for outage in outages:
         pools: Sequence[PrefillPool | DecodePool] = (*sim.prefill, *sim.local) if outage.part == "prefill" else sim.decode
         pool = next((p for p in pools if p.name == outage.cluster), None)

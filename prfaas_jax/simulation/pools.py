@@ -18,7 +18,7 @@ class PrefillPool:
     def __init__(self, kernel: Kernel, name: str, instance: Instance, count: int, chunk: int, rows: int, servers: Servers, row: int):
         assert servers.load is not None  # the simulator's view has it
         self._kernel, self.name, self.instance, self._chunk, self._rows = kernel, name, instance, chunk, rows
-        self._servers, self._load, self.row = servers, servers.load, row
+        self._load, self.row = servers.load, row
         self.instances: list[PrefillInstance] = []
         self._taking: list[PrefillInstance] = []  # those that take prompts, as of the last refresh
         self.alive = False  # whether there are any

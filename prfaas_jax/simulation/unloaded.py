@@ -5,12 +5,7 @@ import math
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.profiles import PrefillTime
-from prfaas_jax.scheduling.topology import Link, Topology
-
-
-def window_rate(link: Link) -> float:
-    """Bytes/s that one transfer gets at most, whatever the link has: a window per round trip; infinite where neither is given."""
-    return link.window_bytes / link.rtt_s if link.rtt_s else math.inf
+from prfaas_jax.scheduling.topology import Topology
 
 
 def tail_bytes(kv: KvFootprint, tokens: int, held: int, chunk: int, overlap: bool) -> float:
@@ -31,7 +26,7 @@ class Unloaded:
         for link in topology.links:
             cluster, region = clusters[link.prefill], regions[link.decode]
             hosts = min(cluster.instances * cluster.instance.nic_bytes_per_s, region.decode * region.instance.nic_bytes_per_s)
-            self._remote.append((cluster.instance.prefill, min(link.bytes_per_s, window_rate(link), hosts), link.rtt_s / 2))
+            self._remote.append((cluster.instance.prefill, min(link.transfer_bytes_per_s, hosts), link.rtt_s / 2))
 
     def ttft(self, tokens: int) -> float:
         """Seconds from arrival to the first token; raises InvalidInput for a prompt beyond every profile."""

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from configs.studies import run_of
+from configs.studies import runs_of
 from configs.studies.paper_case import get_config
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.view import NoDecodeServer
@@ -32,7 +32,7 @@ def recorded(tmp_path_factory):
             table.add(job, simulation)
             timeline.add(job, simulation)
 
-        simulation, summary = prepare(run_of(config), finished)
+        simulation, summary = prepare(runs_of(config, [0])[0], finished)
         usage = Usage(simulation, period_s=2.0)
         simulation.run(300)
         assert not (folder / "requests.csv").exists()  # it appears whole
@@ -100,7 +100,7 @@ def test_a_period_of_nothing_is_refused(recorded):
 def test_a_run_that_is_stuck_ends_although_its_use_is_sampled():
     config = get_config()
     config.requests = 20
-    run = run_of(config)
+    (run,) = runs_of(config, [0])
     dead = tuple(Outage("pd", "decode", i, 0.1, math.inf) for i in range(5))
     simulation, _ = prepare(dataclasses.replace(run, outages=dead))
     Usage(simulation)
