@@ -1,20 +1,23 @@
 """Recorded workloads: Mooncake JSONL and Azure CSV files, streamed, and the request mix of any workload."""
 
+import codecs
 import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
@@ -31,8 +34,33 @@ TICK_LINES = 1000
 # Far from where a float of seconds overflows.
 MAX_TIME = 10**18
 
-MOONCAKE_FIELDS = itemgetter("timestamp", "input_length", "output_length", "hash_ids")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+Tokens = Annotated[int, msgspec.Meta(ge=1)]
+BlockId = Annotated[int, msgspec.Meta(ge=0)]
+SessionId = Annotated[int, msgspec.Meta(ge=-1)] | str | None
+
+
+class MooncakeLine(msgspec.Struct, gc=False):
+    """One line of a Mooncake trace; fields of other names are passed over."""
+
+    timestamp: int | float
+    input_length: Tokens
+    output_length: Tokens
+    hash_ids: tuple[BlockId, ...]
+    session_id: SessionId = None
+    chat_id: SessionId = None
+    parent_chat_id: Any = msgspec.UNSET
+
+
+EXPECTED = {
+    "timestamp": "a number",
+    "input_length": "a whole number of tokens, at least 1",
+    "output_length": "a whole number of tokens, at least 1",
+    "hash_ids": "whole numbers, at least 0",
+    "session_id": "a name, a whole number of at least 0, or -1 for none",
+    "chat_id": "a name, a whole number of at least 0, or -1 for none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,31 +124,22 @@ class MooncakeTrace:
         first: float | None = None
         last: float = -MAX_TIME
         block_tokens, unit_s, rate_scale = self.block_tokens, self.unit_s, self.rate_scale
-        decode = json.JSONDecoder().decode
-        for where, line in _lines(self.path):
+        decode = msgspec.json.Decoder(MooncakeLine).decode
+        for number, line in _lines(self.path):
             try:
                 record = decode(line)
-                timestamp, tokens, output, ids = MOONCAKE_FIELDS(record)
-            except KeyError as error:
-                raise InvalidInput(where, sorted(record), f"a field {error}") from error
-            except (ValueError, TypeError, RecursionError) as error:
-                raise InvalidInput(where, _short(line), f"one JSON object ({error})") from error
-            if type(timestamp) not in (int, float) or not last <= timestamp <= MAX_TIME:
+            except msgspec.DecodeError as error:
+                raise _refused(f"{self.path}:{number}", line, error) from error
+            timestamp, tokens, ids = record.timestamp, record.input_length, record.hash_ids
+            if not last <= timestamp <= MAX_TIME:
                 expected = "a number" if first is None else f"a number, at least the {last} of the line before"
-                raise InvalidInput(f"{where} timestamp", timestamp, expected)
-            for name, value in (("input_length", tokens), ("output_length", output)):
-                if type(value) is not int or value < 1:
-                    raise InvalidInput(f"{where} {name}", value, "a whole number of tokens, at least 1")
-            blocks = -(-tokens // block_tokens)
-            if not isinstance(ids, list) or len(ids) != blocks:
+                raise InvalidInput(f"{self.path}:{number} timestamp", timestamp, expected)
+            if len(ids) != (blocks := -(-tokens // block_tokens)):
                 expected = f"{blocks} ids for input_length={tokens} at block_tokens={block_tokens}"
-                raise InvalidInput(f"{where} hash_ids", f"{len(ids)} ids" if isinstance(ids, list) else ids, expected)
-            if set(map(type, ids)) != {int} or min(ids) < 0:
-                raise InvalidInput(f"{where} hash_ids", _short(str(ids)), "whole numbers, at least 0")
+                raise InvalidInput(f"{self.path}:{number} hash_ids", f"{len(ids)} ids", expected)
             last = timestamp
             first = timestamp if first is None else first
-            session = _session(where, record) if len(record) > 4 else -1
-            yield Arrival((timestamp - first) * unit_s / rate_scale, tokens, output, tuple(ids), session)
+            yield Arrival((timestamp - first) * unit_s / rate_scale, tokens, record.output_length, ids, _session(record))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +179,7 @@ class AzureTrace:
         return dataclasses.replace(self, rate_scale=self.rate_scale * factor)
 
     def _rows(self) -> Iterator[Arrival]:
-        lines = _lines(self.path)
+        lines = _text_lines(self.path)
         where, header = next(lines, (f"{self.path}:1", ""))
         columns = [name.strip() for name in header.split(",")]
         for name in AZURE_COLUMNS:
@@ -240,16 +259,27 @@ def _check_trace(path: str | os.PathLike[str], rate_scale: float, requests: int 
     check_cap("trace.repeat", repeat)
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with "path:number"."""
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, each with its number; a byte order mark before the first is dropped."""
     path, number = os.fspath(path), 0
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+        # Lines of a BufferedReader come without a Python call each, which GzipFile's own do not.
+        with open(path, "rb") as file, io.BufferedReader(gzip.open(file)) if path.endswith(".gz") else file as reader:
+            for number, line in enumerate(reader, 1):
                 if not line.isspace():
-                    yield f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}:{number + 1}", str(error), "a readable text file, gzip if its name ends in .gz") from error
+                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidInput(f"{path}:{number + 1}", str(error), "a readable file, gzip if its name ends in .gz") from error
+
+
+def _text_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """As `_lines`, each with "path:number"."""
+    for number, line in _lines(path):
+        where = f"{os.fspath(path)}:{number}"
+        try:
+            yield where, line.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidInput(where, _short(line.decode(errors="replace")), "a line of UTF-8 text") from error
 
 
 def _repeated(play: Callable[[], Iterator[Arrival]], path: str | os.PathLike[str], repeat: int | None, tick_s: float) -> Iterator[Arrival]:
@@ -296,18 +326,24 @@ def _jittered(rows: Iterator[Arrival], tick_s: float, rng: np.random.Generator) 
         group.append(row)
 
 
-def _session(where: str, record: dict[str, Any]) -> int:
-    """The session of a Mooncake line; names become numbers by their hash."""
-    name, value = "session_id", record.get("session_id")
-    if value is None and "parent_chat_id" not in record:
-        name, value = "chat_id", record.get("chat_id")
+def _session(record: MooncakeLine) -> int:
+    """The session of a Mooncake line, -1 for none; names become numbers by their hash."""
+    value = record.session_id
+    if value is None and record.parent_chat_id is msgspec.UNSET:
+        value = record.chat_id
     if value is None:
         return -1
-    if isinstance(value, str):
-        return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
-    if type(value) is not int or value < -1:
-        raise InvalidInput(f"{where} {name}", value, "a name, a whole number of at least 0, or -1 for none")
-    return value
+    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest()) if isinstance(value, str) else value
+
+
+def _refused(where: str, line: bytes, error: msgspec.DecodeError) -> InvalidInput:
+    """What is wrong with a Mooncake line: the field that the error points to with its value, or the line as a whole."""
+    text = line.decode(errors="replace")
+    name = re.search(r"at `\$\.(\w+)", str(error))
+    if name is None:
+        return InvalidInput(where, _short(text), f"one JSON object of a trace ({error})")
+    value = json.loads(text)[name[1]]
+    return InvalidInput(f"{where} {name[1]}", _short(str(value)) if isinstance(value, list) else value, EXPECTED[name[1]])
 
 
 def _moment(where: str, text: str) -> datetime:

@@ -1,9 +1,12 @@
+from unittest import mock
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.footprint import KvFootprint
+from prfaas_jax.simulation import prefix_cache
 from prfaas_jax.simulation.prefix_cache import PrefixCache
 
 BLOCK = 10
@@ -69,17 +72,22 @@ def prompts(draw):
     st.sampled_from([PLAIN, HYBRID]),
     st.sampled_from([0, 25, 100, 500, 1500, 10**6]),
     st.integers(1, 4),
+    st.sampled_from([0, 5, prefix_cache.FEW]),
 )
-def test_behaves_as_the_naive_model(sequence, kv, capacity, every):
+def test_behaves_as_the_naive_model(sequence, kv, capacity, every, few):
     cache, naive = PrefixCache(kv, BLOCK, capacity, every), Naive(kv, capacity, every)
-    for blocks, tokens, known in sequence:
-        hit = cache.match(blocks, tokens)
-        assert hit == naive.match(blocks, tokens) and hit % BLOCK == 0 and hit < tokens
-        cache.insert(blocks, tokens, known)
-        naive.insert(blocks, tokens, known)
-        assert list(cache._blocks) == naive.blocks and list(cache._checkpoints) == naive.checkpoints
-        assert cache.used_bytes == naive.used <= capacity
-        assert set(naive.checkpoints) <= set(naive.blocks), "a checkpoint without its block is worth nothing"
+    with mock.patch.object(prefix_cache, "FEW", few):
+        for blocks, tokens, known in sequence:
+            hit = cache.match(blocks, tokens)
+            assert hit == naive.match(blocks, tokens) and hit % BLOCK == 0 and hit < tokens
+            cache.insert(blocks, tokens, known)
+            naive.insert(blocks, tokens, known)
+            assert set(cache._blocks) == set(naive.blocks) and list(cache._checkpoints) == naive.checkpoints
+            assert cache.used_bytes == naive.used <= capacity
+            assert set(naive.checkpoints) <= set(naive.blocks), "a checkpoint without its block is worth nothing"
+            assert cache._noted <= 2 * len(naive.blocks) + few + len(blocks), "memory follows what is held"
+    order = [next(cache._going) for _ in naive.blocks]
+    assert order == naive.blocks, "what would go next"
     cache.clear()
     assert cache.used_bytes == 0 and all(cache.match(blocks, tokens) == 0 for blocks, tokens, _ in sequence)
 

@@ -162,10 +162,10 @@ def test_times_never_go_backwards(tmp_path_factory, steps, seed, tick_s, rate_sc
         ("{not json", "", "{not json", "one JSON object"),
         ("[1, 2]", "", "[1, 2]", "one JSON object"),
         ("3", "", "3", "one JSON object"),
-        ('{"timestamp": 1}', "", ["timestamp"], "a field 'input_length'"),
+        ('{"timestamp": 1}', "", '{"timestamp": 1}', "one JSON object of a trace (Object missing required field `input_length`)"),
         (json.dumps(line(2999)), " timestamp", 2999, "at least the 3000"),
         (json.dumps(line("4000")), " timestamp", "4000", "a number"),
-        ('{"timestamp": NaN, "input_length": 5, "output_length": 1, "hash_ids": [1]}', " timestamp", None, "a number"),
+        ('{"timestamp": NaN, "input_length": 5, "output_length": 1, "hash_ids": [1]}', "", None, "one JSON object"),
         ('{"timestamp": 1e400, "input_length": 5, "output_length": 1, "hash_ids": [1]}', " timestamp", None, "a number"),
         (json.dumps(line(4000, tokens=0, ids=())), " input_length", 0, "at least 1"),
         (json.dumps(line(4000, tokens=-5)), " input_length", -5, "at least 1"),
@@ -173,7 +173,7 @@ def test_times_never_go_backwards(tmp_path_factory, steps, seed, tick_s, rate_sc
         (json.dumps(line(4000, output=0)), " output_length", 0, "at least 1"),
         (json.dumps(line(4000, output=True)), " output_length", True, "whole number"),
         (json.dumps(line(4000, tokens=512)), " hash_ids", "2 ids", "1 ids for input_length=512 at block_tokens=512"),
-        (json.dumps({**line(4000), "hash_ids": 7}), " hash_ids", 7, "2 ids for input_length=600"),
+        (json.dumps({**line(4000), "hash_ids": 7}), " hash_ids", 7, "whole numbers"),
         (json.dumps(line(4000, ids=(1, "x"))), " hash_ids", "[1, 'x']", "whole numbers"),
         (json.dumps(line(4000, ids=(1, -2))), " hash_ids", "[1, -2]", "at least 0"),
         (json.dumps(line(4000, session_id=1.5)), " session_id", 1.5, "whole number"),
@@ -263,8 +263,9 @@ def test_a_file_that_is_cut_short_or_no_text_is_refused_at_the_line(tmp_path):
     cut.write_bytes(whole[: len(whole) // 2])
     plain.write_bytes(b"{}\n")
     binary.write_bytes(whole)
-    for path in (cut, plain, binary):
-        with pytest.raises(InvalidInput, match=rf"{path}:\d+=.*: expected a readable text file, gzip if its name ends in .gz"):
+    readable = "a readable file, gzip if its name ends in .gz"
+    for path, expected in ((cut, readable), (plain, readable), (binary, "one JSON object of a trace")):
+        with pytest.raises(InvalidInput, match=rf"{path}:\d+=.*: expected {expected}"):
             list(MooncakeTrace(path).arrivals(0))
     assert next(MooncakeTrace(cut).arrivals(0)).blocks == (0, 1), "what is readable is played"
 
