@@ -50,8 +50,9 @@ def busy_view(system: Topology, rng: np.random.Generator) -> ClusterView:
 
     def servers(names: tuple[str, ...], slots: int, up: float) -> Servers:
         n = len(names)
-        load = Load(*(rng.random(n) * scale for scale in (0, 10, 10, 0, 0, 0, 0, 0)))
+        load = Load.idle(n)
         load.instances[:], load.jobs[:], load.fresh[:] = 4, rng.integers(0, 4, n), rng.integers(0, 2, n)
+        load.free_at_s[:], load.drained_at_s[:] = rng.random(n) * 10, rng.random(n) * 10
         load.slots[:], load.free_slots[:] = slots, slots // 2
         return Servers(names, rng.random(n) < up, rng.integers(0, 9, n), load)
 

@@ -44,10 +44,13 @@ class KvFootprint:
             size += per_token * min(kept, tokens - held)
         return size
 
-    def bytes_of(self, tokens: Float64[np.ndarray, " n"], held: Float64[np.ndarray, " n"] | float = 0.0) -> Float64[np.ndarray, " n"]:
-        """`bytes` of arrays."""
-        fresh = np.asarray(tokens, np.float64) - held
-        size = self.state_bytes + self.bytes_per_token * fresh
+    def bytes_of(
+        self, tokens: Float64[np.ndarray, " n"] | float, held: Float64[np.ndarray, " n"] | float = 0.0
+    ) -> Float64[np.ndarray, " n"]:
+        """`bytes` of arrays, at least one of the two."""
+        fresh = np.subtract(tokens, held, dtype=np.float64)
+        size = fresh * float(self.bytes_per_token)
+        size += float(self.state_bytes)
         for kept, per_token in self.windows:
-            size = size + per_token * np.minimum(kept, fresh)
+            size += per_token * np.minimum(kept, fresh)
         return size

@@ -123,8 +123,8 @@ class PaperPrefix:
         longest = max(l_prfaas, l_pd)
         reason = f"paper_prefix (abundant): {_count(request, longest)}"
         if request.tokens - longest <= self.tokens:
-            return dataclasses.replace(local(view, row, f"{reason} <= {self.tokens} tokens"), copied_tokens=longest - l_pd)
-        return dataclasses.replace(remote(view, row, f"{reason} > {self.tokens} tokens"), copied_tokens=longest - l_prfaas)
+            return local(view, row, f"{reason} <= {self.tokens} tokens")._replace(copied_tokens=longest - l_pd)
+        return remote(view, row, f"{reason} > {self.tokens} tokens")._replace(copied_tokens=longest - l_prfaas)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Policies that predict: the TTFT of every path that a request could take, and what taking it costs everybody else.
 
 A path is a region's own prefill instances, or a prefill cluster and its link. Predictions use what the view tells (work queued, bytes
-placed on links, slots) and the profiles. All paths are evaluated at once: a decision is some forty calls of numpy, whose number is what it
-costs, so the two roles are rows of the same columns (regions first), and local paths are row 0 of the same table as remote ones.
+placed on links, slots) and the profiles. All paths are evaluated at once: the number of calls of numpy is what a decision costs, so the two
+roles are rows of the same columns (regions first), and local paths are row 0 of the same table as remote ones.
 """
 
 import dataclasses
@@ -19,19 +19,18 @@ from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Placement, Request
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Paths:
+class Paths(NamedTuple):
     """Predictions for one request.
 
     Attributes:
         ttft_s: from now; row 0 of local paths per decode row, then a row per prefill row; infinite where there is no path.
         work_s: prefill seconds that a path takes from one instance; decode rows, then prefill rows.
-        sent: bytes that a remote path puts on the link.
+        sent: bytes that a remote path puts on the link; one number where every region lacks the same.
     """
 
     ttft_s: Float64[np.ndarray, "paths decode"]
     work_s: Float64[np.ndarray, " rows"]
-    sent: Float64[np.ndarray, " decode"]
+    sent: float | Float64[np.ndarray, " decode"]
 
     @property
     def local_ttft_s(self) -> Float64[np.ndarray, " decode"]:
@@ -46,12 +45,12 @@ class Paths:
     @property
     def local_work_s(self) -> Float64[np.ndarray, " decode"]:
         """Of local paths."""
-        return self.work_s[: len(self.sent)]
+        return self.work_s[: self.ttft_s.shape[1]]
 
     @property
     def remote_work_s(self) -> Float64[np.ndarray, " prefill"]:
         """Of remote paths."""
-        return self.work_s[len(self.sent) :]
+        return self.work_s[self.ttft_s.shape[1] :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +63,7 @@ class _Rows:
 
 
 class _Scene:
-    """A view in the order of `Paths`: what follows from columns that seldom change, and room to copy the others to at each call."""
+    """A view in the order of `Paths`: what follows from columns that seldom change, and what changes, copied at each call."""
 
     def __init__(self, view: ClusterView, of: tuple[bytes, ...], near: _Rows, far: _Rows):
         decode, prefill, links = view.decode, view.prefill, view.links
@@ -77,29 +76,37 @@ class _Scene:
         no_way |= (~prefill.healthy | (prefill.load.instances == 0))[:, None]
         self.closed = np.where(np.vstack([shut, no_way]), math.inf, 0.0)
         self.delay_s = np.vstack([np.zeros(n), links.rtt_s / 2]) + self.closed
-        # Closed paths are infinite by their delay; a rate of zero would only warn.
-        self.bytes_per_s = np.vstack([np.full(n, math.inf), np.where(links.bytes_per_s > 0, links.bytes_per_s, math.inf)])
-        self.transfer_bytes_per_s = np.vstack([near.local_bytes_per_s, links.transfer_bytes_per_s])
-        self.transfer_bytes_per_s[self.transfer_bytes_per_s == 0] = math.inf
+        # Seconds per byte; closed paths are infinite by their delay.
+        self.link_s = np.vstack([np.zeros(n), _inverse(links.bytes_per_s)])
+        self.transfer_s = np.vstack([_inverse(near.local_bytes_per_s), _inverse(links.transfer_bytes_per_s)])
         self.slots = np.maximum(decode.load.slots, 1.0)
         self.chunk_s = np.concatenate([near.chunk_s, far.chunk_s])
         self.instances = np.maximum(np.concatenate([decode.load.instances, prefill.load.instances]), 1.0)
-        # Path -> row, for columns of rows.
-        self.row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
-        self.half, self.zero, self.now = np.full(n + m, 0.5), np.zeros(n + m), np.empty(n + m)
-        self.jobs, self.fresh, self.free_at_s, self.drained_at_s, self.turns = (np.empty(n + m) for _ in range(5))
-        self.pending, self.pending_bytes, self.sent, self.tail = (np.zeros((m + 1, n)) for _ in range(4))
+        self._row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
+        self.half, self._zeros, self.turns = np.full(n + m, 0.5), np.zeros((2, n + m)), np.empty(n + m)
+        self._queues, self._placed = np.empty((4, n + m)), np.zeros((2, m + 1, n))
+        # A table costs less to fill and multiply than a number costs to multiply by, and far less than a row to broadcast.
+        self.sent, self.tail = np.empty((2, m + 1, n))
+        self._times = self._queues[:2]
+        self.free_s, self.waiting_s, self.jobs, self.fresh = self._queues  # from now, not below 0
+        self.pending, self.pending_bytes = self._placed
 
     def read(self, view: ClusterView, now: float) -> None:
         """Copies what changes."""
         decode, prefill, links, n = view.decode.load, view.prefill.load, view.links, self.regions
         assert decode is not None and prefill is not None and links is not None  # Predictor.scene checked
-        self.jobs[:n], self.jobs[n:] = decode.jobs, prefill.jobs
-        self.fresh[:n], self.fresh[n:] = decode.fresh, prefill.fresh
-        self.free_at_s[:n], self.free_at_s[n:] = decode.free_at_s, prefill.free_at_s
-        self.drained_at_s[:n], self.drained_at_s[n:] = decode.drained_at_s, prefill.drained_at_s
-        self.pending[1:], self.pending_bytes[1:] = links.pending, links.pending_bytes
-        self.now.fill(now)
+        self._queues[:, :n], self._queues[:, n:] = decode.table[decode.QUEUES], prefill.table[prefill.QUEUES]
+        self._placed[:, 1:] = links.table[links.PLACED]
+        self._times -= now
+        np.maximum(self._times, self._zeros, out=self._times)
+
+    def over_paths(self, rows: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, "paths decode"]:
+        """A column of rows as a table of paths: a view of it where there is one region."""
+        return rows.reshape(-1, 1) if self.regions == 1 else rows[self._row]
+
+
+def _inverse(rates: np.ndarray) -> np.ndarray:
+    return 1.0 / np.where(rates > 0, rates, math.inf)
 
 
 class Predictor:
@@ -127,52 +134,53 @@ class Predictor:
         near = view.decode.load
         assert near is not None  # scene() checked
         tokens, chunk, n = request.tokens, self._chunk, scene.regions
-        held, far_held = _or_zero(request.cached_decode), _or_zero(request.cached_prefill)
+        held, far_held = _plain(request.cached_decode), _plain(request.cached_prefill)
         sent = tail = self._bytes(tokens, held)
         if self._overlap:
             before = tokens - (tokens % chunk or min(tokens, chunk))
-            tail = self._bytes(tokens, max(held, before) if isinstance(held, int) else np.maximum(held, before))
-        scene.sent[...], scene.tail[...] = sent, tail
+            if _most(held) <= before:
+                tail = self._bytes(tokens, before)
+            elif not isinstance(held, int):
+                tail = self._bytes(tokens, np.maximum(held, before))
 
-        work = np.empty(len(scene.now))
+        work = np.empty(len(scene.jobs))
         _work(scene.near, tokens, held, work[:n])
         _work(scene.far, tokens, far_held, work[n:])
         # Seconds, besides its own work, until a prompt of that many chunks is computed.
         chunks = np.minimum(scene.jobs, scene.half)
         chunks += scene.fresh
-        turns, far_turns = (tokens - _least(held) - 1) // chunk, (tokens - _least(far_held) - 1) // chunk  # after the first
-        if turns or far_turns:
-            scene.turns[:n], scene.turns[n:] = turns, far_turns
+        if tokens > chunk:
+            scene.turns[:n] = (tokens - _least(held) - 1) // chunk  # after the first
+            scene.turns[n:] = (tokens - _least(far_held) - 1) // chunk
             chunks += scene.turns * scene.jobs
         chunks *= scene.chunk_s
-        computed = scene.free_at_s - scene.now
-        np.maximum(computed, scene.zero, out=computed)
-        np.minimum(computed, chunks, out=computed)
-        computed += work
+        np.minimum(chunks, scene.free_s, out=chunks)
+        chunks += work
 
+        scene.sent[...], scene.tail[...] = sent, tail
         crossed = scene.pending * scene.sent
-        np.minimum(scene.pending_bytes, crossed, out=crossed)
+        np.minimum(crossed, scene.pending_bytes, out=crossed)
         crossed += scene.sent
-        crossed /= scene.bytes_per_s
-        ttft = scene.tail / scene.transfer_bytes_per_s
-        ttft += computed.take(scene.row)
+        crossed *= scene.link_s
+        ttft = scene.tail * scene.transfer_s
+        ttft += scene.over_paths(chunks)
         np.maximum(ttft, crossed, out=ttft)
         ttft += scene.delay_s
-        if np.count_nonzero(near.waiting):
+        if _most_of(near.waiting) > 0:
             # Every path of a region waits for its decode slots; it only tells regions apart.
             ttft += near.waiting / scene.slots
-        return Paths(ttft, work, scene.sent[0].copy())
+        return Paths(ttft, work, sent)
 
     def _bytes(self, tokens: int, held: int | Int64[np.ndarray, " decode"]) -> float | Float64[np.ndarray, " decode"]:
-        return self.kv.bytes(tokens, held) if isinstance(held, int) else self.kv.bytes_of(np.array(float(tokens)), held)
+        return float(self.kv.bytes(tokens, held)) if isinstance(held, int) else self.kv.bytes_of(tokens, held)
 
     def scene(self, view: ClusterView, now: float) -> _Scene:
         """Read anew, and made anew when a column that seldom changes has changed. InvalidInput as `paths`."""
         far, near, links, scene = view.prefill.load, view.decode.load, view.links, self._scene
         if far is None or near is None or links is None:
             raise InvalidInput("view", (far, near, links), "loads and links: this policy predicts from them")
-        columns = (links.bytes_per_s, links.transfer_bytes_per_s, links.rtt_s, far.instances, near.instances, near.slots)
-        of = tuple([c.tobytes() for c in (*columns, view.prefill.healthy, view.decode.healthy)])
+        seldom = far.table[far.SELDOM], near.table[near.SELDOM], links.table[links.SELDOM], view.prefill.healthy, view.decode.healthy
+        of = tuple([columns.tobytes() for columns in seldom])
         if scene is None or of != scene.of or scene.names[0] is not view.prefill.names or scene.names[1] is not view.decode.names:
             scene = self._scene = _Scene(view, of, self._rows(view.decode.names), self._rows(view.prefill.names))
         scene.read(view, now)
@@ -191,12 +199,19 @@ class Predictor:
         return self._known[names]
 
 
-def _or_zero(cached: int | Int64[np.ndarray, " rows"]) -> int | Int64[np.ndarray, " rows"]:
-    return cached if isinstance(cached, int) or np.count_nonzero(cached) else 0
+def _plain(cached: int | Int64[np.ndarray, " rows"]) -> int | Int64[np.ndarray, " rows"]:
+    """One number where all rows have the same."""
+    if isinstance(cached, int):
+        return cached
+    return cached if len(cached) > 1 and _most(cached) else int(cached.max(initial=0))
 
 
 def _least(cached: int | Int64[np.ndarray, " rows"]) -> int:
     return cached if isinstance(cached, int) else int(cached.item(cached.argmin()))
+
+
+def _most(cached: int | Int64[np.ndarray, " rows"]) -> int:
+    return cached if isinstance(cached, int) else int(cached.item(cached.argmax()))
 
 
 def _work(rows: _Rows, tokens: int, cached: int | Int64[np.ndarray, " rows"], work: Float64[np.ndarray, " rows"]) -> None:
@@ -215,7 +230,7 @@ class LeastTtft:
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The fastest path, local at a tie."""
         paths = self.predictor.paths(request, view, now)
-        return _choose(view, paths, paths.ttft_s, "least_ttft")
+        return _choose(view, paths.ttft_s, paths.ttft_s, "least_ttft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,13 +245,16 @@ class Prices:
 
 
 class _Table(NamedTuple):
-    """Prices as `Paths` orders rows and paths, a second of queue's price for every row, and whether links have one at all."""
+    """Prices as a scene orders rows and paths: of rows, of a second of work that waits at each, of paths if any link has one."""
 
-    names: tuple[tuple[str, ...], tuple[str, ...]]
+    scene: _Scene
     rows: np.ndarray
     queue: np.ndarray
-    links: np.ndarray
-    links_cost: bool
+    links: np.ndarray | None
+
+
+# Beyond every cost; where and putmask of numpy take several times as long as adding it.
+NEVER = 1e300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,51 +303,48 @@ class ShadowPrice:
         """The cheapest of the paths that keep the SLO; the cheapest of all where none does."""
         scene = self.predictor.scene(view, now)
         paths = self.predictor.paths_in(scene, request, view)
-        table, ttft = self._table(view), paths.ttft_s
-        slo = self.slo_scale * _least_of(paths.work_s) + self.slo_base_s
+        table, ttft, work = self._table(scene), paths.ttft_s, paths.work_s
+        slo = self.slo_scale * _least_of(work) + self.slo_base_s
 
-        queue = scene.drained_at_s - scene.now
-        longest = max(0.0, _most_of(queue))
-        prices = table.rows
+        longest = _most_of(scene.waiting_s)
         if longest > 0:
-            np.maximum(queue, scene.zero, out=queue)
-            queue *= table.queue
-            queue /= scene.instances
-            queue += prices
-            prices = queue
+            taken = scene.waiting_s * table.queue
+            taken += table.rows
+            taken *= work
+        else:
+            taken = work * table.rows
         if longest < self.busy_s:
             # Links that are down are no path; their queue counts for nobody.
-            longest = max(longest, _most_of(scene.pending_bytes / scene.bytes_per_s))
+            longest = max(longest, _most_of(scene.pending_bytes * scene.link_s))
         busy = min(1.0, longest / self.busy_s)
 
-        cost = (paths.work_s * prices).take(scene.row)
-        if table.links_cost:
+        cost = scene.over_paths(taken)
+        if table.links is not None:
             cost += scene.sent * table.links
         if busy < 1:
             cost *= busy
-            speed = (1 - busy) * ttft
-            speed /= slo
-            cost += speed
-        budget, best = self.margin * slo, cost + scene.closed
-        if cost.size and ttft.item(best.argmin()) > budget:
-            in_time = np.where(ttft <= budget, best, math.inf)
-            if in_time.item(in_time.argmin()) < math.inf:
-                best = in_time
+            cost += ttft * ((1 - busy) / slo)
+        budget = self.margin * slo
+        if cost.size and ttft.item(cost.argmin()) > budget:
+            if _least_of(ttft) <= budget:
+                cost += (ttft > budget) * NEVER
             else:
-                waiting = np.maximum(scene.drained_at_s - scene.now, scene.zero)
+                waiting = scene.waiting_s / -self.gather_s
                 waiting[: scene.regions] = 0.0
-                best = cost * np.exp(waiting / -self.gather_s).take(scene.row) + scene.closed
-        return _choose(view, paths, best, "shadow_price")
+                cost *= scene.over_paths(np.exp(waiting))
+                cost += scene.closed
+        return _choose(view, ttft, cost, "shadow_price")
 
-    def _table(self, view: ClusterView) -> _Table:
+    def _table(self, scene: _Scene) -> _Table:
         known: dict[str, _Table] = self._tables  # type: ignore[attr-defined]
-        table, near, far = known.get("last"), view.decode.names, view.prefill.names
-        if table is None or table.names[0] is not far or table.names[1] is not near:
+        table = known.get("last")
+        if table is None or table.scene is not scene:
+            far, near = scene.names
             rows = np.array([self.prices.prefill.get(name, 0.0) for name in (*near, *far)])
             links = np.array([[self.prices.links.get((p, d), 0.0) for d in near] for p in far]).reshape(len(far), len(near))
             mean = sum(rows.tolist()) / len(rows) if len(rows) else 0.0
-            queue = np.full(len(rows), self.queue_price * (mean or 1.0))
-            table = known["last"] = _Table((far, near), rows, queue, np.vstack([np.zeros(len(near)), links]), bool(links.any()))
+            queue = self.queue_price * (mean or 1.0) / scene.instances
+            table = known["last"] = _Table(scene, rows, queue, np.vstack([np.zeros(len(near)), links]) if links.any() else None)
         return table
 
 
@@ -342,16 +357,12 @@ def _least_of(values: np.ndarray) -> float:
     return float(values.item(values.argmin())) if values.size else math.inf
 
 
-def _choose(view: ClusterView, paths: Paths, cost: np.ndarray, name: str) -> Placement:
-    """The cheapest path, local at a tie; raises NoDecodeServer where none is open. The reason names the fastest on the other side."""
+def _choose(view: ClusterView, ttft: np.ndarray, cost: np.ndarray, name: str) -> Placement:
+    """The cheapest path, local at a tie; raises NoDecodeServer where none is open. The reason has its TTFT."""
     best = int(cost.argmin()) if cost.size else 0
     if not cost.size or cost.item(best) == math.inf:
         raise NoDecodeServer(f"no open path to any of {len(view.decode.names)} decode servers")
     row, d = divmod(best, len(view.decode.names))
-    took, other = paths.ttft_s.item(best), _least_of(paths.ttft_s[1:] if row == 0 else paths.ttft_s[0])
-    if row == 0:
-        rest = f", {other:.2f} s remotely" if view.prefill.names else ""
-        return Placement(None, view.decode.names[d], f"{name}: predicted {took:.2f} s locally{rest}")
-    rest = f", {other:.2f} s locally" if other < math.inf else ""
-    far = view.prefill.names[row - 1]
-    return Placement(far, view.decode.names[d], f"{name}: predicted {took:.2f} s on {far}{rest}")
+    prefill = view.prefill.names[row - 1] if row else None
+    where = f"on {prefill}" if row else "locally"
+    return Placement(prefill, view.decode.names[d], f"{name}: predicted {ttft.item(best):.2f} s {where}")

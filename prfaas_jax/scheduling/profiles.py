@@ -78,8 +78,11 @@ class FittedPrefill:
 
     def growth_of(self, tokens: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
         """See PrefillTime."""
-        x = np.asarray(tokens, np.float64) * 1e-4
-        return (self.linear_s + self.quadratic_s * x) * x
+        x = np.multiply(tokens, 1e-4, dtype=np.float64)
+        seconds = x * self.quadratic_s
+        seconds += self.linear_s
+        seconds *= x
+        return seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,21 @@ A driver (router, simulator, test) keeps one `ClusterView` and writes into its c
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
 
+LONGEST = np.int64(np.iinfo(np.int64).max)
+
 
 class NoDecodeServer(PrfaasError):
     """No healthy decode server: the request cannot be placed at all; maps to gRPC UNAVAILABLE."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class Request:
     """What a policy may know of a request.
 
@@ -34,14 +36,18 @@ class Request:
     cached_decode: int | Int64[np.ndarray, " decode"] = 0
 
     def __post_init__(self) -> None:
+        near, far, tokens = self.cached_decode, self.cached_prefill, self.tokens
+        # One comparison where all is well: there is a request per decision.
+        if tokens >= 1 <= self.output_tokens and isinstance(near, int) and isinstance(far, int) and 0 <= near <= tokens >= far >= 0:
+            return
         for field in ("tokens", "output_tokens"):
             if getattr(self, field) < 1:
                 raise InvalidInput(f"request.{field}", getattr(self, field), "an integer >= 1")
         for field in ("cached_prefill", "cached_decode"):
             value = getattr(self, field)
             low, high = (value, value) if isinstance(value, int) else (value.min(initial=0), value.max(initial=0))
-            if low < 0 or high > self.tokens:
-                raise InvalidInput(f"request.{field}", value, f"0..{self.tokens}, the prompt length")
+            if low < 0 or high > tokens:
+                raise InvalidInput(f"request.{field}", value, f"0..{tokens}, the prompt length")
 
     def held_by_prefill(self, row: int) -> int:
         """l_prfaas: the prefix, in tokens, that row `row` of `view.prefill` holds."""
@@ -65,30 +71,53 @@ class ServerStatus:
 class Load:
     """How busy servers are, for policies that predict; a row per server of `Servers`. Times are absolute, so rows do not age by themselves.
 
+    The columns that are given are copied into one table, of which the attributes are rows: write into these.
+
     Attributes:
         instances: prefill instances that take new work; 0 where there are none (a region that decodes only).
+        slots: decode slots in all.
         free_at_s: when the instance with least prefill work will have done all that it has, in seconds of the driver's clock.
         drained_at_s: when all of them would have, if the work were spread evenly.
         jobs: prompts waiting or running on the instance with least work.
         fresh: of these, prompts of which no chunk has been computed yet.
         free_slots: requests that decode could take at once; 0 for prefill clusters.
         waiting: requests whose KV is there and that wait for a decode slot or pages.
-        slots: decode slots in all.
+        table: all of them, those that seldom change (`SELDOM`) before those that a prefill queue moves (`QUEUES`).
     """
 
     instances: Float64[np.ndarray, " servers"]
+    slots: Float64[np.ndarray, " servers"]
     free_at_s: Float64[np.ndarray, " servers"]
     drained_at_s: Float64[np.ndarray, " servers"]
     jobs: Float64[np.ndarray, " servers"]
     fresh: Float64[np.ndarray, " servers"]
     free_slots: Float64[np.ndarray, " servers"]
     waiting: Float64[np.ndarray, " servers"]
-    slots: Float64[np.ndarray, " servers"]
+    table: Float64[np.ndarray, "8 servers"] = dataclasses.field(init=False)
+
+    SELDOM = slice(0, 2)
+    QUEUES = slice(2, 6)
+
+    def __post_init__(self) -> None:
+        _stack(self, "load")
 
     @classmethod
     def idle(cls, servers: int) -> "Load":
         """All zeros, to be written into."""
-        return cls(*(np.zeros(servers) for _ in dataclasses.fields(cls)))
+        return cls(*np.zeros((8, servers)))
+
+
+def _stack(owner: "Load | Links", name: str) -> None:
+    """Makes the owner's columns rows of its table; InvalidInput unless they have one shape."""
+    fields = [f.name for f in dataclasses.fields(owner) if f.init]
+    columns = [np.asarray(getattr(owner, field), np.float64) for field in fields]
+    for field, column in zip(fields, columns, strict=True):
+        if column.shape != columns[0].shape:
+            raise InvalidInput(f"{name}.{field}", column.shape, f"as many entries as {fields[0]}, {columns[0].shape}")
+    table = np.stack(columns)
+    object.__setattr__(owner, "table", table)
+    for field, row in zip(fields, table, strict=True):
+        object.__setattr__(owner, field, row)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,9 +139,7 @@ class Servers:
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
             raise InvalidInput("servers.names", self.names, "unique names")
-        columns = {"healthy": self.healthy, "queue": self.queue}
-        if self.load is not None:
-            columns |= {f"load.{f.name}": getattr(self.load, f.name) for f in dataclasses.fields(self.load)}
+        columns = {"healthy": self.healthy, "queue": self.queue, **({"load": self.load.instances} if self.load is not None else {})}
         for name, column in columns.items():
             if column.shape != (len(self.names),):
                 raise InvalidInput(f"servers.{name}", column.shape, f"a column of {len(self.names)} rows")
@@ -129,12 +156,13 @@ class Servers:
             return 0 if self.healthy[0] else None
         if not self.healthy.any():
             return None
-        return int(np.argmin(np.where(self.healthy, self.queue, np.iinfo(np.int64).max)))
+        # Several times cheaper than np.where.
+        return int(np.maximum(self.queue, ~self.healthy * LONGEST).argmin())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Links:
-    """The network from every prefill row to every decode row.
+    """The network from every prefill row to every decode row; as with `Load`, what is given is copied, and attributes are for writing.
 
     Attributes:
         bytes_per_s: what the pair can move now, by the latest estimate; 0 where there is no link or it is down.
@@ -142,6 +170,7 @@ class Links:
         rtt_s: round trip time.
         pending: requests placed on the pair whose KV has not arrived yet, those still computing included.
         pending_bytes: KV bytes of these requests, each counted whole until its last byte has arrived.
+        table: all of them, those that seldom change (`SELDOM`) before those that every request moves (`PLACED`).
     """
 
     bytes_per_s: Float64[np.ndarray, "prefill decode"]
@@ -149,6 +178,18 @@ class Links:
     rtt_s: Float64[np.ndarray, "prefill decode"]
     pending: Float64[np.ndarray, "prefill decode"]
     pending_bytes: Float64[np.ndarray, "prefill decode"]
+    table: Float64[np.ndarray, "5 prefill decode"] = dataclasses.field(init=False)
+
+    SELDOM = slice(0, 3)
+    PLACED = slice(3, 5)
+
+    def __post_init__(self) -> None:
+        _stack(self, "links")
+
+    @classmethod
+    def none(cls, prefill: int, decode: int) -> "Links":
+        """No link between any two, to be written into."""
+        return cls(*np.zeros((5, prefill, decode)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,13 +203,11 @@ class ClusterView:
     def __post_init__(self) -> None:
         if self.links is not None:
             shape = (len(self.prefill.names), len(self.decode.names))
-            for field in dataclasses.fields(self.links):
-                if getattr(self.links, field.name).shape != shape:
-                    raise InvalidInput(f"links.{field.name}", getattr(self.links, field.name).shape, f"one entry per pair, {shape}")
+            if self.links.bytes_per_s.shape != shape:
+                raise InvalidInput("links", self.links.bytes_per_s.shape, f"one entry per pair, {shape}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """A decision: `prefill` is a remote server's name or None for the decode server itself; `reason` holds the numbers.
 
     `copied_tokens` of a prefix are first copied, over the link, from the side that holds them to the side that computes.

@@ -23,7 +23,7 @@ def idle_view(topology: Topology) -> tuple[ClusterView, Links]:
 
     prefill, decode = servers([c.name for c in topology.prefill]), servers([r.name for r in topology.regions])
     shape = len(prefill.names), len(decode.names)
-    links = Links(*(np.zeros(shape) for _ in range(5)))
+    links = Links.none(*shape)
     for link in topology.links:
         pair = prefill.names.index(link.prefill), decode.names.index(link.decode)
         links.bytes_per_s[pair], links.transfer_bytes_per_s[pair] = link.bytes_per_s, link.transfer_bytes_per_s

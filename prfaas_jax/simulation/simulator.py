@@ -1,6 +1,5 @@
 """Requests through clusters: arrival, placement by the very policy that serves live, prefill, transfer, decode; failures in between."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -161,7 +160,7 @@ class Simulation:
             if cluster == -2:
                 self.parked.append(job)
                 return
-            placement = dataclasses.replace(placement, prefill=self.clusters[cluster] if cluster >= 0 else None, copied_tokens=0)
+            placement = placement._replace(prefill=self.clusters[cluster] if cluster >= 0 else None, copied_tokens=0)
             job.fallbacks += 1
             self.fallbacks += 1
         job.attempts += 1

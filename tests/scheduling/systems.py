@@ -58,7 +58,7 @@ def idle_view(topology: Topology) -> ClusterView:
     far = servers([c.name for c in topology.prefill], [c.instances for c in topology.prefill], [0] * len(topology.prefill))
     slots = [r.decode * r.instance.max_batch for r in topology.regions]
     near = servers([r.name for r in topology.regions], [r.prefill for r in topology.regions], slots)
-    links = Links(*(np.zeros((len(far.names), len(near.names))) for _ in range(5)))
+    links = Links.none(len(far.names), len(near.names))
     for x in topology.links:
         pair = far.names.index(x.prefill), near.names.index(x.decode)
         links.bytes_per_s[pair], links.transfer_bytes_per_s[pair], links.rtt_s[pair] = x.bytes_per_s, x.transfer_bytes_per_s, x.rtt_s

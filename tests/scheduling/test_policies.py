@@ -256,8 +256,8 @@ def test_prefixes_count_on_the_rows_that_are_chosen(policy):
         (lambda: make_policy("length_blind", share=2), "length_blind.share"),
         (lambda: Request(5, 1, cached_decode=np.array([0, 6])), "request.cached_decode"),
         (lambda: Request(5, 1, cached_prefill=np.array([-1, 0])), "request.cached_prefill"),
-        (lambda: Servers(("a",), np.array([True]), np.array([0]), Load.idle(2)), "servers.load.instances"),
-        (lambda: ClusterView(ONE_EACH.prefill, ONE_EACH.decode, Links(*(np.zeros((1, 2)) for _ in range(5)))), "links.bytes_per_s"),
+        (lambda: Servers(("a",), np.array([True]), np.array([0]), Load.idle(2)), "servers.load"),
+        (lambda: ClusterView(ONE_EACH.prefill, ONE_EACH.decode, Links(*(np.zeros((1, 2)) for _ in range(5)))), "links"),
     ],
 )
 def test_parameters_and_columns_out_of_range_are_refused(call, field):
