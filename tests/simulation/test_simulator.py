@@ -147,7 +147,7 @@ def test_a_copied_prefix_goes_to_the_side_that_computes_and_takes_its_time():
     rows = (Arrival(0.0, 40 * 512, 4, blocks_of(40)), Arrival(50.0, 60 * 512, 4, blocks_of(60)))
     here, there = Placement(None, "pd", "here"), Placement("h200", "pd", "there")
     copied = 40 * 512
-    back = Scripted(here, dataclasses.replace(there, copied_tokens=copied))
+    back = Scripted(here, there._replace(copied_tokens=copied))
     (_, job), sim = simulate(PAPER, Listed(rows, 512), back, CACHES)
     assert back.requests[1].cached_decode == copied and back.requests[1].cached_prefill == 0
     assert job.cached == job.held == copied and job.cluster == 0
