@@ -18,6 +18,7 @@ from prfaas_jax.simulation.scenario import SimOptions, SquareWave, Steps
 from prfaas_jax.simulation.traces import trace_mix
 
 CONFIG = study.get_config()
+CONFIG.sessions.lead_s = 150.0  # shorter than the study's, for speed
 OPTIONS = SimOptions(**CONFIG.sim.to_dict())
 TINY = Contest(OPTIONS, requests=200, seeds=2, tuning_seeds=1, points=2)
 SMOKE = {cell.name: cell for cell in study.cells(CONFIG, "smoke", TINY)}
@@ -54,6 +55,13 @@ def test_links_change_as_their_names_say():
     assert isinstance(plan, Steps) and plan.steps[:3] == ((300.0, 0.0), (360.0, 100 * GBPS), (1200.0, 0.0))
     topology = wave.topology
     assert set(wave.links) == set(outage.links) == {(topology.prefill[0].name, topology.regions[0].name)}
+
+
+def test_sessions_begin_several_durations_before_the_run():
+    cell = next(cell for cell in study.cells(study.get_config(), "smoke", TINY) if cell.name == "8/sessions")
+    workload = cell.workload
+    duration_s = (workload.requests_per_session - 1) * (workload.think_s + workload.output_tokens * workload.output_token_s)
+    assert workload.lead_s > 5 * duration_s > 500 and cell.tuning == workload
 
 
 # --- how a cell is set up ----------------------------------------------------------------------------------------------------------
@@ -126,7 +134,8 @@ def test_a_verdict_is_finite_and_about_everybody(verdict):
     for estimate in (verdict.vs_best, verdict.vs_paper, verdict.p90_vs_paper, verdict.share_vs_best, verdict.roles_vs_ours):
         assert math.isfinite(estimate.mean) and math.isfinite(estimate.half_width) and estimate.mean > 0
     for figures in (*verdict.policies.values(), verdict.share, verdict.equal_cost, verdict.equal_cost_own):
-        assert all(math.isfinite(x) for x in figures.values()) and figures["goodput_rps"] > 0 and figures["drain_s"] >= 0
+        assert all(math.isfinite(x) for x in figures.values()) and figures["goodput_rps"] >= 0 and figures["drain_s"] >= 0
+    assert verdict.policies[OURS]["goodput_rps"] > 0 and verdict.equal_cost_own["goodput_rps"] > 0
 
 
 def test_loads_are_shares_of_what_each_planner_sustains(verdict):

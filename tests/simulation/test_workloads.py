@@ -188,6 +188,15 @@ def test_a_lead_drops_what_comes_before_the_run_and_goes_on_with_what_is_open():
     assert led.scaled(2.0).lead_s == 100.0 and led.requests_per_session == SESSIONS.requests_per_session
 
 
+def test_what_is_held_is_the_last_prompt_of_every_session_before_the_run():
+    led = dataclasses.replace(SESSIONS, lead_s=100.0)
+    before = [row for row in first(SESSIONS.arrivals(5), 8000) if row.time_s < 100]
+    held = list(led.held(5))
+    assert {row.session: row for row in held} == {row.session: row for row in before} and len(held) == len(by_session(before))
+    assert all(a.time_s <= b.time_s for a, b in itertools.pairwise(held))
+    assert not list(SESSIONS.held(5))
+
+
 def test_sessions_without_a_second_turn_are_independent_requests():
     rows = first(dataclasses.replace(SESSIONS, mean_turns=1.0).arrivals(0), 2000)
     assert [row.session for row in rows] == list(range(2000))
