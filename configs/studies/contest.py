@@ -86,11 +86,11 @@ def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
         plan, states = _link(config, link)
         if link.isdecimal():
             case = dataclasses.replace(case, b_out=float(link) * GBPS)
-        workload, tuning, mix, rate = loads[load]
+        workload, mix, tuning, tuning_mix, rate = loads[load]
         hard = load in ("bursts", "sessions") or (link.isdecimal() and float(link) <= 12)
         plans = {("prfaas", "pd"): plan} if plan else {}
         name = f"{link}/{load}"
-        yield Cell(name, hard, name in HELD_OUT, topology_of(case, 1), mix, rate, workload, tuning, plans, states)
+        yield Cell(name, hard, name in HELD_OUT, topology_of(case, 1), mix, rate, workload, tuning, tuning_mix, plans, states)
 
 
 def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[float, float], ...]]:
@@ -104,8 +104,8 @@ def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[f
     return None, ((float(name) * GBPS, 1.0),)
 
 
-# For the evaluation and for tuning, the mix of the former, and the rate of both in requests/s.
-Load = tuple[Workload, Workload, Mix, float]
+# Workload and mix of the evaluation, those of the tuning, and the rate of both workloads in requests/s.
+Load = tuple[Workload, Mix, Workload, Mix, float]
 
 
 def _paper(config: ConfigDict, contest: Contest) -> Load:
@@ -120,8 +120,8 @@ def _bursts(config: ConfigDict, contest: Contest) -> Load:
 def _independent(config: ConfigDict, process: Poisson | Bursty) -> Load:
     w = config.workload
     lengths = LogNormalLengths(w.mu, w.sigma, w.low, w.high)
-    synthetic = Synthetic(process, lengths, w.output_tokens)
-    return synthetic, synthetic, Mix.log_normal(lengths, w.output_tokens, 1 << 14), 1.0
+    one = Synthetic(process, lengths, w.output_tokens), Mix.log_normal(lengths, w.output_tokens, 1 << 14)
+    return *one, *one, 1.0
 
 
 def _sessions(config: ConfigDict, contest: Contest) -> Load:
@@ -140,8 +140,8 @@ def _sessions(config: ConfigDict, contest: Contest) -> Load:
         lead_s=s.lead_s,
     )
     # Of the sessions that are open at first only what comes is seen: few, of this many requests.
-    mix, _ = trace_mix(sessions, requests=16_000)
-    return sessions, sessions, _held_everywhere(mix), 1.0
+    one = sessions, _held_everywhere(trace_mix(sessions, requests=16_000)[0])
+    return *one, *one, 1.0
 
 
 def _trace(config: ConfigDict, contest: Contest) -> Load:
@@ -151,10 +151,10 @@ def _trace(config: ConfigDict, contest: Contest) -> Load:
     if requests > third:
         raise InvalidInput("contest.requests", requests, f"at most {third}, a third of {path}, in which the baselines are tuned")
     mix, rate = trace_mix(open_workload(path, start=third, stop=end), end)
-    _, first_rate = trace_mix(open_workload(path, stop=third), third, bins=1)
+    first_mix, first_rate = trace_mix(open_workload(path, stop=third), third)
     evaluation = open_workload(path, start=third, stop=end, requests=requests, windows=contest.seeds)
     tuning = open_workload(path, stop=third, requests=requests, windows=contest.tuning_seeds)
-    return evaluation, tuning.scaled(rate / first_rate), _held_everywhere(mix), rate
+    return evaluation, _held_everywhere(mix), tuning.scaled(rate / first_rate), _held_everywhere(first_mix), rate
 
 
 def _held_everywhere(mix: Mix) -> Mix:

@@ -48,6 +48,7 @@ class Cell:
         rate: of the workload in requests/s, before it is scaled to the load.
         workload: arrivals at `rate`, for the evaluation.
         tuning: arrivals at `rate`, for the tuning: another part of a trace, else `workload` itself.
+        tuning_mix: of `tuning`; it is played at the same share of what the roles sustain of this.
         links: how links change.
         states: the bytes/s of the first link and the share of time that it has them, for the planner.
     """
@@ -60,23 +61,25 @@ class Cell:
     rate: float
     workload: Workload
     tuning: Workload
+    tuning_mix: Mix
     links: Mapping[tuple[str, str], LinkPlan]
     states: tuple[tuple[float, float], ...]
 
 
 def plan_cell(cell: Cell) -> tuple[Topology, float]:
     """The roles that sustain most of the cell's mix, on average over the link's states, and that rate in requests/s."""
-
-    def rate(roles: Topology) -> float:
-        total = 0.0
-        for bytes_per_s, share in cell.states:
-            links = tuple(dataclasses.replace(x, bytes_per_s=bytes_per_s) for x in roles.links) if bytes_per_s else ()
-            if links or roles.regions[0].prefill:  # else nothing prefills
-                total += share * optimum(dataclasses.replace(roles, links=links), cell.mix).lambda_max
-        return total
-
-    rates = [(roles, rate(roles)) for roles in role_choices(cell.topology)]
+    rates = [(roles, sustained(cell, roles, cell.mix)) for roles in role_choices(cell.topology)]
     return max(rates, key=lambda pair: pair[1])
+
+
+def sustained(cell: Cell, roles: Topology, mix: Mix) -> float:
+    """Requests/s of a mix in these roles, by the program, on average over the link's states."""
+    total = 0.0
+    for bytes_per_s, share in cell.states:
+        links = tuple(dataclasses.replace(x, bytes_per_s=bytes_per_s) for x in roles.links) if bytes_per_s else ()
+        if links or roles.regions[0].prefill:  # else nothing prefills
+            total += share * optimum(dataclasses.replace(roles, links=links), mix).lambda_max
+    return total
 
 
 def equal_cost(topology: Topology, mix: Mix) -> tuple[Topology, float]:
@@ -217,9 +220,8 @@ class Contest:
             if getattr(self, field) < 1:
                 raise InvalidInput(f"contest.{field}", getattr(self, field), "at least 1")
         if self.tuning_seeds > EVALUATION_SEED - TUNING_SEED:
-            raise InvalidInput(
-                "contest.tuning_seeds", self.tuning_seeds, f"at most {EVALUATION_SEED - TUNING_SEED}: then evaluation's begin"
-            )
+            expected = f"at most {EVALUATION_SEED - TUNING_SEED}, then those of the evaluation begin"
+            raise InvalidInput("contest.tuning_seeds", self.tuning_seeds, expected)
         if not 0 < self.load < math.inf:
             raise InvalidInput("contest.load", self.load, "a share of the planner's optimum above zero")
 
@@ -240,17 +242,19 @@ class Contest:
         baselines = [n for n in CONTENDERS if n not in (OURS, ROLES) and (n != "paper_prefix" or cell.workload.block_tokens)]
         planned = optimum(topology, cell.mix)
         grid = [(name, x) for name in baselines for x in parameters(name, planned, cell.mix, self.points)]
+        # Another part of a trace has other prompts: as many requests/s of those would be another load.
+        tuning = cell.tuning.scaled(self.load * sustained(cell, topology, cell.tuning_mix) / cell.rate)
         seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
-        tuned = Tuned.of(self._run(grid, seeds, run(cell.tuning.scaled(rate / cell.rate)), f"{label}: tuning"))
+        tuned = Tuned.of(self._run(grid, seeds, run(tuning), f"{label}: tuning"))
 
         workload = cell.workload.scaled(rate / cell.rate)
         seeds = range(EVALUATION_SEED, EVALUATION_SEED + self.seeds)
         chosen = list(dict.fromkeys([*tuned.parameters.items(), tuned.share, (OURS, 0.0), (ROLES, 0.0)]))
         results = self._run(chosen, seeds, run(workload), f"{label}: evaluating")
 
-        alone, sustained = equal_cost(topology, cell.mix)
+        alone, most_alone = equal_cost(topology, cell.mix)
         same_money = Ground(alone, cell.mix, self.options)
-        loads = {"theirs": rate, "own": self.load * sustained}
+        loads = {"theirs": rate, "own": self.load * most_alone}
 
         def homogeneous(one: Contender, seed: int) -> Run:
             at = cell.workload.scaled(one[1] / cell.rate)

@@ -219,7 +219,7 @@ def trace_mix(workload: Workload, requests: int | None = None, bins: int = MIX_B
     """The planner's view of a workload: its request mix, in at most `bins` rows, and its mean request rate per second.
 
     `cached_pd` is what a cache without end would hold: the leading blocks that an earlier prompt had, less than the whole prompt.
-    Sessions count from the first that begins, so take enough `requests` for the first ones to end.
+    Sessions count from the first arrival on, so take enough `requests` for those to end that were open then, or had just begun.
 
     Args:
         workload: played with seed 0.

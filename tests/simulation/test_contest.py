@@ -12,7 +12,7 @@ from prfaas_jax.scheduling.optimum import optimum
 from prfaas_jax.scheduling.topology import GBPS
 from prfaas_jax.simulation import contest as contest_module
 from prfaas_jax.simulation.contenders import CONTENDERS, Ground
-from prfaas_jax.simulation.contest import OURS, ROLES, Contest, Tuned, Verdict, equal_cost, parameters, plan_cell
+from prfaas_jax.simulation.contest import OURS, ROLES, Contest, Tuned, Verdict, equal_cost, parameters, plan_cell, sustained
 from prfaas_jax.simulation.runs import Estimate, Run, prepare
 from prfaas_jax.simulation.scenario import SimOptions, SquareWave, Steps
 from prfaas_jax.simulation.traces import trace_mix
@@ -88,11 +88,11 @@ def test_a_cell_whose_link_changes_is_planned_on_average():
 def test_the_same_money_buys_a_homogeneous_region():
     topology = plan_cell(PAPER["100/paper"])[0]
     mix = PAPER["100/paper"].mix
-    same, sustained = equal_cost(topology, mix)
+    same, most = equal_cost(topology, mix)
     (region,) = same.regions
     assert not same.prefill and not same.links and topology.cost_per_hour - region.instance.cost_per_hour < same.cost_per_hour
     assert same.cost_per_hour <= topology.cost_per_hour * (1 + 1e-9) and region.instances == 16
-    assert sustained == optimum(same, mix).lambda_max
+    assert most == optimum(same, mix).lambda_max
     for n_p in range(1, 16):
         other = dataclasses.replace(same, regions=(dataclasses.replace(region, prefill=n_p, decode=16 - n_p),))
         assert optimum(other, mix).lambda_max <= optimum(same, mix).lambda_max * (1 + 1e-9)
@@ -153,14 +153,16 @@ def test_runs_have_the_seeds_workloads_and_slo_of_their_purpose(monkeypatch):
 
     monkeypatch.setattr(contest_module, "sweep", sweep)
     cell = PAPER["wave/paper"]
-    cell = dataclasses.replace(cell, tuning=dataclasses.replace(cell.workload, output_sigma=0.1))
+    half = Mix.of(cell.mix.tokens / 2, cell.mix.output, cell.mix.weight)
+    cell = dataclasses.replace(cell, tuning=dataclasses.replace(cell.workload, output_sigma=0.1), tuning_mix=half)
     list(dataclasses.replace(TINY, seeds=3, tuning_seeds=2).judge([cell]))
     topology, most = plan_cell(cell)
     tuning = [one for one in seen if one.seed < 2000]
     evaluation = [one for one in seen if one.slo_topology is None and one.seed >= 2000]
     alone = [one for one in seen if one.slo_topology is not None]
     assert {one.seed for one in tuning} == {1000, 1001} and {one.seed for one in (*evaluation, *alone)} == {2000, 2001, 2002}
-    assert {one.workload for one in tuning} == {cell.tuning.scaled(0.9 * most)}
+    at = sustained(cell, topology, half)
+    assert {one.workload for one in tuning} == {cell.tuning.scaled(0.9 * at)} and at > 1.2 * most, "the same load, of what tuning has"
     assert {one.workload for one in evaluation} == {cell.workload.scaled(0.9 * most)}
     assert not {OURS, ROLES} & {one.policy for one in tuning} and {OURS, ROLES} < {one.policy for one in evaluation}
     assert all(one.links == cell.links and one.ground.topology == topology for one in (*tuning, *evaluation))
@@ -247,7 +249,8 @@ def test_a_trace_is_tuned_on_in_its_first_third_and_played_in_the_rest(trace):
     assert all(len(list(cell.workload.arrivals(seed))) == 50 for seed in (2000, 2003))
     assert cell.rate == pytest.approx(1.0, rel=0.02) and cell.mix.mean(cell.mix.output) == pytest.approx(200.5)
     whole = dataclasses.replace(cell.tuning, requests=None, windows=1)
-    assert trace_mix(whole)[1] == pytest.approx(cell.rate, rel=0.03), "tuning has the load of the evaluation"
+    mix, rate = trace_mix(whole)
+    assert rate == pytest.approx(cell.rate, rel=0.03) and cell.tuning_mix.mean(cell.tuning_mix.output) == mix.mean(mix.output) == 50.5
 
 
 def test_runs_longer_than_a_third_of_the_trace_are_refused(trace):
