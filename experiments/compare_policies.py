@@ -97,22 +97,27 @@ def draw(workdir: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = json.loads((workdir / "cells.json").read_text())
     figure, panels = plt.subplots(1, len(PANELS), sharey=True, figsize=(12, 1.8 + 0.3 * len(rows)), layout="constrained")
     for axes, (label, fields) in zip(panels, PANELS, strict=True):
         for i, (field, name) in enumerate(fields):
             means = [r[field]["mean"] for r in rows]
-            # On a logarithmic axis an interval ends above zero; a single seed has none.
-            half = [min(r[field].get("half_width", 0.0), 0.95 * r[field]["mean"]) for r in rows]
+            half = [r[field].get("half_width", 0.0) for r in rows]  # a single seed has none
+            below = [min(h, 0.99 * m) for h, m in zip(half, means, strict=True)]  # a logarithmic axis has no zero
             y = [j + 0.15 * (2 * i - 1) for j in range(len(rows))]
-            axes.errorbar(means, y, xerr=half, fmt="os"[i], ms=4, lw=1, label=name)
+            axes.errorbar(means, y, xerr=[below, half], fmt="os"[i], ms=4, lw=1, label=name)
+        # The means are what is shown; wide intervals run off the panel.
+        shown = [1.0, *(r[field]["mean"] for r in rows for field, _ in fields)]
         axes.axvline(1.0, color="gray", lw=1)
-        axes.set(xscale="log", xlabel=label)
+        axes.set(xscale="log", xlabel=label, xlim=(max(min(shown), 1e-3) / 1.5, max(shown) * 1.5), ylim=(len(rows) - 0.4, -0.6))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(fields), frameon=False)
     panels[0].set(yticks=range(len(rows)), yticklabels=[r["cell"] + "*" * r["held_out"] + " !" * r["hard"] for r in rows])
-    panels[0].invert_yaxis()
     figure.savefig(workdir / "figure.png", dpi=120)
     plt.close(figure)
 
