@@ -1,13 +1,12 @@
 """The contest of policies: the paper's clusters under seven links and four workloads; `cells` makes the cells of a suite.
 
-    python -m experiments.compare_policies --suite=smoke
-    python -m experiments.compare_policies --suite=full --config.trace=mooncake_conversation_trace.jsonl.gz --processes=2
+python -m experiments.compare_policies --suite=smoke
+python -m experiments.compare_policies --suite=full --config.trace=mooncake_conversation_trace.jsonl.gz --processes=2
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,10 +16,10 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.planner import topology_of
 from prfaas_jax.scheduling.topology import GBPS
-from prfaas_jax.simulation.contest import Cell
+from prfaas_jax.simulation.contest import Cell, Contest
 from prfaas_jax.simulation.scenario import LinkPlan, SquareWave, Steps
 from prfaas_jax.simulation.traces import open_workload, trace_mix
-from prfaas_jax.simulation.workloads import Bursty, Poisson, Sessions, Synthetic
+from prfaas_jax.simulation.workloads import Bursty, Poisson, Sessions, Synthetic, Workload
 
 # (links, workloads) of each suite; smoke is for a look, paper has the paper's own mix only.
 SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -64,29 +63,34 @@ def get_config() -> ConfigDict:
         "system_share": 0.5,
         "system_prompts": 8,
         "system_tokens": 4096,
+        "lead_s": 900.0,  # a session takes 164 s on average
     }
     return config
 
 
-def cells(config: ConfigDict, suite: str) -> Iterator[Cell]:
+def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
     """The cells of a suite, links by workloads. Trace cells need `config.trace`; without it there are none.
 
+    A trace is tuned on in its first third and played in the rest, which is what the planner sees too; each seed has a window of its own
+    of the contest's `requests` (they overlap where the file is too short for all).
+
     Raises:
-        InvalidInput: an unknown suite, or what `case_study` refuses.
+        InvalidInput: an unknown suite, what `case_study` refuses, a trace whose first third is shorter than the contest's runs.
     """
     if suite not in SUITES:
         raise InvalidInput("suite", suite, f"one of {', '.join(SUITES)}")
     links, workloads = SUITES[suite]
-    loads = {name: _WORKLOADS[name](config) for name in workloads if name != "trace" or config.trace}
+    loads = {name: _WORKLOADS[name](config, contest) for name in workloads if name != "trace" or config.trace}
     for link, load in itertools.product(links, loads):
         case = case_study(config)
         plan, states = _link(config, link)
         if link.isdecimal():
             case = dataclasses.replace(case, b_out=float(link) * GBPS)
-        workload, mix, rate = loads[load]
+        workload, mix, tuning, tuning_mix, rate = loads[load]
         hard = load in ("bursts", "sessions") or (link.isdecimal() and float(link) <= 12)
         plans = {("prfaas", "pd"): plan} if plan else {}
-        yield Cell(f"{link}/{load}", hard, f"{link}/{load}" in HELD_OUT, topology_of(case, 1), mix, rate, workload, plans, states)
+        name = f"{link}/{load}"
+        yield Cell(name, hard, name in HELD_OUT, topology_of(case, 1), mix, rate, workload, tuning, tuning_mix, plans, states)
 
 
 def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[float, float], ...]]:
@@ -100,22 +104,27 @@ def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[f
     return None, ((float(name) * GBPS, 1.0),)
 
 
-Load = tuple[Any, Mix, float]
+# Workload and mix of the evaluation, those of the tuning, and the rate of both workloads in requests/s.
+Load = tuple[Workload, Mix, Workload, Mix, float]
 
 
-def _paper(config: ConfigDict) -> Load:
+def _paper(config: ConfigDict, contest: Contest) -> Load:
+    return _independent(config, Poisson(1.0))
+
+
+def _bursts(config: ConfigDict, contest: Contest) -> Load:
+    w = config.workload
+    return _independent(config, Bursty(1.0, w.burst_factor, w.burst_s, w.quiet_s))
+
+
+def _independent(config: ConfigDict, process: Poisson | Bursty) -> Load:
     w = config.workload
     lengths = LogNormalLengths(w.mu, w.sigma, w.low, w.high)
-    return Synthetic(Poisson(1.0), lengths, w.output_tokens), Mix.log_normal(lengths, w.output_tokens, 1 << 14), 1.0
+    one = Synthetic(process, lengths, w.output_tokens), Mix.log_normal(lengths, w.output_tokens, 1 << 14)
+    return *one, *one, 1.0
 
 
-def _bursts(config: ConfigDict) -> Load:
-    w = config.workload
-    synthetic, mix, rate = _paper(config)
-    return dataclasses.replace(synthetic, process=Bursty(1.0, w.burst_factor, w.burst_s, w.quiet_s)), mix, rate
-
-
-def _sessions(config: ConfigDict) -> Load:
+def _sessions(config: ConfigDict, contest: Contest) -> Load:
     s, w = config.sessions, config.workload
     sessions = Sessions(
         process=Poisson(1.0),
@@ -128,15 +137,24 @@ def _sessions(config: ConfigDict) -> Load:
         system_share=s.system_share,
         system_prompts=s.system_prompts,
         system_tokens=s.system_tokens,
+        lead_s=s.lead_s,
     )
-    mix, _ = trace_mix(sessions, requests=8000)
-    return sessions, _held_everywhere(mix), 1.0
+    # Of the sessions that are open at first only what comes is seen: few, of this many requests.
+    one = sessions, _held_everywhere(trace_mix(sessions, requests=16_000)[0])
+    return *one, *one, 1.0
 
 
-def _trace(config: ConfigDict) -> Load:
-    trace = open_workload(config.trace)
-    mix, rate = trace_mix(trace)
-    return trace, _held_everywhere(mix), rate
+def _trace(config: ConfigDict, contest: Contest) -> Load:
+    path, requests = config.trace, contest.requests
+    end = sum(1 for _ in open_workload(path).arrivals(0))
+    third = end // 3
+    if requests > third:
+        raise InvalidInput("contest.requests", requests, f"at most {third}, a third of {path}, in which the baselines are tuned")
+    mix, rate = trace_mix(open_workload(path, start=third, stop=end), end)
+    first_mix, first_rate = trace_mix(open_workload(path, stop=third), third)
+    evaluation = open_workload(path, start=third, stop=end, requests=requests, windows=contest.seeds)
+    tuning = open_workload(path, stop=third, requests=requests, windows=contest.tuning_seeds)
+    return evaluation, _held_everywhere(mix), tuning.scaled(rate / first_rate), _held_everywhere(first_mix), rate
 
 
 def _held_everywhere(mix: Mix) -> Mix:
@@ -144,4 +162,9 @@ def _held_everywhere(mix: Mix) -> Mix:
     return Mix.of(mix.tokens, mix.output, mix.weight, mix.cached_pd, mix.cached_pd)
 
 
-_WORKLOADS: dict[str, Callable[[ConfigDict], Load]] = {"paper": _paper, "bursts": _bursts, "sessions": _sessions, "trace": _trace}
+_WORKLOADS: dict[str, Callable[[ConfigDict, Contest], Load]] = {
+    "paper": _paper,
+    "bursts": _bursts,
+    "sessions": _sessions,
+    "trace": _trace,
+}

@@ -10,6 +10,7 @@ from prfaas_jax.simulation.kernel import Kernel
 from prfaas_jax.simulation.links import Network, Pair, Transfer
 from prfaas_jax.simulation.prefix_cache import PrefixCache
 from prfaas_jax.simulation.scenario import SimOptions
+from prfaas_jax.simulation.workloads import Sessions, Workload
 
 # By rows of the view: prefill cluster, region; None where there is no link.
 PairTable = list[list[Pair | None]]
@@ -54,11 +55,19 @@ def pair_tables(
     return table(delivered, True), table(copied, False)
 
 
-def prefix_caches(topology: Topology, options: SimOptions, block_tokens: int) -> tuple[list[PrefixCache], list[PrefixCache]]:
-    """One per prefill cluster and one per region; none where they have no room, or the workload has no blocks."""
+def prefix_caches(topology: Topology, options: SimOptions, workload: Workload, seed: int) -> tuple[list[PrefixCache], list[PrefixCache]]:
+    """One per prefill cluster and one per region; none where they have no room, or the workload has no blocks.
+
+    All begin with what the workload says is `held`, whatever the policy: nobody is to blame for what happened before the run.
+    """
 
     def caches(count: int, size: float) -> list[PrefixCache]:
-        wanted = count if size and block_tokens else 0
-        return [PrefixCache(topology.kv, block_tokens, size, options.checkpoint_blocks) for _ in range(wanted)]
+        wanted = count if size and workload.block_tokens else 0
+        return [PrefixCache(topology.kv, workload.block_tokens, size, options.checkpoint_blocks) for _ in range(wanted)]
 
-    return caches(len(topology.prefill), options.prefill_cache_bytes), caches(len(topology.regions), options.decode_cache_bytes)
+    far, near = caches(len(topology.prefill), options.prefill_cache_bytes), caches(len(topology.regions), options.decode_cache_bytes)
+    if isinstance(workload, Sessions) and workload.lead_s and (far or near):
+        for prompt in workload.held(seed):
+            for cache in (*far, *near):
+                cache.insert(prompt.blocks, prompt.tokens, prompt.tokens)
+    return far, near

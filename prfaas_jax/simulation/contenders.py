@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.controllers import Controller, PriceController, ThresholdController
+from prfaas_jax.scheduling.controllers import Both, Controller, PriceController, RoleController, ThresholdController
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, CacheHitRule, LengthBlind, PaperPrefix, Reverse, Threshold
 from prfaas_jax.scheduling.predictive import LeastTtft, Predictor, ShadowPrice
@@ -61,6 +61,12 @@ def _ours(ground: Ground, parameter: float) -> Built:
     return policy, PriceController(ground.topology, policy)
 
 
+def _ours_with_roles(ground: Ground, parameter: float) -> Built:
+    policy, controller = _ours(ground, parameter)
+    assert controller is not None  # _ours
+    return policy, Both(controller, RoleController(ground.topology))
+
+
 # Name -> (what its parameter is, or "" for none; how to build it).
 CONTENDERS: Mapping[str, tuple[str, Callable[[Ground, float], Built]]] = {
     "always_local": ("", lambda ground, x: (AlwaysLocal(), None)),
@@ -73,6 +79,7 @@ CONTENDERS: Mapping[str, tuple[str, Callable[[Ground, float], Built]]] = {
     "cache_hit_rule": ("", lambda ground, x: (CacheHitRule(), None)),
     "least_ttft": ("", lambda ground, x: (LeastTtft(ground.predictor), None)),
     "shadow_price": ("", _ours),
+    "shadow_price_roles": ("", _ours_with_roles),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.simulation.contenders import Ground, build
 from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.scenario import LinkPlan, Outage
@@ -32,6 +33,7 @@ class Run:
         requests: arrivals to simulate; None for all that the workload has.
         links: how links change.
         outages: instances that fail.
+        slo_topology: whose unloaded TTFT the SLO counts; None: the run's own.
     """
 
     ground: Ground
@@ -42,6 +44,7 @@ class Run:
     requests: int | None = None
     links: Mapping[tuple[str, str], LinkPlan] = dataclasses.field(default_factory=dict)
     outages: tuple[Outage, ...] = ()
+    slo_topology: Topology | None = None
 
 
 def prepare(run: Run, finished: Callable[[Job], None] | None = None) -> tuple[Simulation, Summary]:
@@ -65,6 +68,7 @@ def prepare(run: Run, finished: Callable[[Job], None] | None = None) -> tuple[Si
         links=run.links,
         outages=run.outages,
         controller=controller,
+        slo_topology=run.slo_topology,
     )
     return simulation, summary
 

@@ -35,6 +35,7 @@ class Simulation:
         links: (prefill cluster, region) -> how that link changes; links that are not named keep their capacity.
         outages: instances that fail.
         controller: asked every `options.control_s`.
+        slo_topology: whose unloaded TTFT the SLO counts; None: that of `topology`.
 
     Raises:
         InvalidInput: names that the topology does not have, a negative seed.
@@ -51,6 +52,7 @@ class Simulation:
         links: Mapping[tuple[str, str], LinkPlan] | None = None,
         outages: Sequence[Outage] = (),
         controller: Controller | None = None,
+        slo_topology: Topology | None = None,
     ):
         self.topology, self.policy, self.options, self.controller = topology, policy, options, controller
         self.kernel = Kernel()
@@ -76,8 +78,8 @@ class Simulation:
         self._local_rates = [r.local_bytes_per_s for r in topology.regions]
         self.pairs, self.reverse = pair_tables(self.kernel, topology, self._delivered, self._copied)
         self._lively: dict[Pair, tuple[int, int]] = {}  # pairs towards regions on which something is pending
-        self.far_caches, self.near_caches = prefix_caches(topology, options, workload.block_tokens)
-        self.unloaded = Unloaded(topology, options.prefill_chunk, options.overlap)
+        self.far_caches, self.near_caches = prefix_caches(topology, options, workload, seed)
+        self.unloaded = Unloaded(slo_topology or topology, options.prefill_chunk, options.overlap)
         # What is restarted must not outgrow any profile.
         self._longest = min(p.instance.prefill.max_tokens for p in (*self.prefill, *self.local) if p.instances)
         self.left: float = 0  # arrivals to come

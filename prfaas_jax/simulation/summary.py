@@ -57,9 +57,10 @@ class Summary:
     def result(self, sim: Simulation) -> dict[str, Any]:
         """Seconds, requests per simulated second, shares. Rates are over the time in which the counted requests arrived.
 
-        Except goodput: that is over the time until the last of them had its first token, so that a policy which lets a queue grow without
-        end, and keeps the SLO for others meanwhile, pays for draining it.
-        A key is absent where nothing was counted for it.
+        Except goodput: requests within the SLO over the time until the last counted request had its first token. This is how benchmarks of
+        serving, such as vLLM's, count: good requests over the benchmark's duration, draining included. A policy which lets a queue grow
+        without end, and keeps the SLO for others meanwhile, pays for draining it. `slo_share` does not show that; `drain_s` does: seconds
+        from the last arrival to the last first token. A key is absent where nothing was counted for it.
         """
         if not self.requests:
             return {"requests": 0}
@@ -74,6 +75,7 @@ class Summary:
             "arrival_rps": self.requests / span,
             "goodput_rps": self.met / max(self._served - self._first, 1e-9),
             "slo_share": self.met / self.requests,
+            "drain_s": self._served - self._last,
             "offload_share": self.remote / self.requests,
             "fallbacks": self.fallbacks,
             "conversions": sim.conversions,

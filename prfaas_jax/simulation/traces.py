@@ -71,6 +71,10 @@ class MooncakeTrace:
     timestamps within 3 ms of a multiple) with 10 requests a tick: played as it is, they arrive in volleys that nobody sent. A `chat_id`
     beside a `parent_chat_id` (Bailian traces: `unit_s=1, block_tokens=16`) names a request, not a session, and is left out.
 
+    A part of the file may be played: arrivals `start` up to `stop`, or, with `windows`, one of that many pieces of it, chosen by the seed,
+    each `requests` long. They lie evenly from `start` to `stop`, and overlap where they do not fit side by side. Blocks and sessions keep
+    the file's ids; times begin at 0 with the part's first arrival.
+
     Attributes:
         path: the file.
         block_tokens: tokens per hash id, a property of the file.
@@ -80,6 +84,9 @@ class MooncakeTrace:
         requests: arrivals after which it ends; None for all.
         repeat: how often the file is played, end to end; None for ever. A repetition has block ids and sessions of its own.
         unit_s: seconds per unit of `timestamp`.
+        start: arrivals of the file that are left out before the first.
+        stop: arrivals of the file, those left out too, after which it ends; None for all.
+        windows: how many windows there are; seed % windows says which one is played. More than 1 need `requests` and `stop`.
     """
 
     path: str | os.PathLike[str]
@@ -90,9 +97,12 @@ class MooncakeTrace:
     requests: int | None = None
     repeat: int | None = 1
     unit_s: float = 1e-3
+    start: int = 0
+    stop: int | None = None
+    windows: int = 1
 
     def __post_init__(self) -> None:
-        _check_trace(self.path, self.rate_scale, self.requests, self.repeat)
+        _check_trace(self)
         require_count("trace.block_tokens", self.block_tokens)
         require_positive("trace", unit_s=self.unit_s)
         if self.tick_s is not None:
@@ -103,7 +113,7 @@ class MooncakeTrace:
         (rng,) = generators(seed, 1)
         tick_s = self._tick_s()
         rows = _repeated(self._rows, self.path, self.repeat, tick_s)
-        return itertools.islice(_jittered(rows, tick_s, rng) if self.jitter else rows, self.requests)
+        return _part(self, _jittered(rows, tick_s, rng) if self.jitter else rows, seed)
 
     def scaled(self, factor: float) -> "MooncakeTrace":
         """As `Workload.scaled`."""
@@ -146,22 +156,28 @@ class MooncakeTrace:
 class AzureTrace:
     """Azure CSV, plain or .gz: columns TIMESTAMP (a seventh digit of the second is dropped), ContextTokens, GeneratedTokens.
 
-    Times begin at 0 with the first line. Nothing is known of shared prefixes or sessions.
+    Times begin at 0 with the first line. Nothing is known of shared prefixes or sessions. Parts and windows are as in MooncakeTrace.
 
     Attributes:
         path: the file.
         rate_scale: the request rate over that of the file; divides the times.
         requests: arrivals after which it ends; None for all.
         repeat: how often the file is played, end to end; None for ever.
+        start: see MooncakeTrace.
+        stop: see there.
+        windows: see there.
     """
 
     path: str | os.PathLike[str]
     rate_scale: float = 1.0
     requests: int | None = None
     repeat: int | None = 1
+    start: int = 0
+    stop: int | None = None
+    windows: int = 1
 
     def __post_init__(self) -> None:
-        _check_trace(self.path, self.rate_scale, self.requests, self.repeat)
+        _check_trace(self)
 
     @property
     def block_tokens(self) -> int:
@@ -169,9 +185,9 @@ class AzureTrace:
         return 0
 
     def arrivals(self, seed: int) -> Iterator[Arrival]:
-        """As `Workload.arrivals`, the same for every seed. Raises InvalidInput that names the file and line, at the line."""
+        """As `Workload.arrivals`, the same for every seed of a window. Raises InvalidInput that names the file and line, at the line."""
         generators(seed, 0)
-        return itertools.islice(_repeated(self._rows, self.path, self.repeat, 0.0), self.requests)
+        return _part(self, _repeated(self._rows, self.path, self.repeat, 0.0), seed)
 
     def scaled(self, factor: float) -> "AzureTrace":
         """As `Workload.scaled`."""
@@ -222,7 +238,7 @@ def trace_mix(workload: Workload, requests: int | None = None, bins: int = MIX_B
     """The planner's view of a workload: its request mix, in at most `bins` rows, and its mean request rate per second.
 
     `cached_pd` is what a cache without end would hold: the leading blocks that an earlier prompt had, less than the whole prompt.
-    Sessions count from the first that begins, so take enough `requests` for the first ones to end.
+    Sessions count from the first arrival on, so take enough `requests` for those to end that were open then, or had just begun.
 
     Args:
         workload: played with seed 0.
@@ -252,11 +268,42 @@ def trace_mix(workload: Workload, requests: int | None = None, bins: int = MIX_B
     return Mix.of(np.array(tokens), np.array(outputs), cached_pd=np.array(cached)).binned(bins), (len(tokens) - 1) / (end - begin)
 
 
-def _check_trace(path: str | os.PathLike[str], rate_scale: float, requests: int | None, repeat: int | None) -> None:
-    require(Path(path).is_file(), "trace.path", os.fspath(path), "a file that exists")
-    require_positive("trace", rate_scale=rate_scale)
-    check_cap("trace.requests", requests)
-    check_cap("trace.repeat", repeat)
+def _check_trace(trace: MooncakeTrace | AzureTrace) -> None:
+    require(Path(trace.path).is_file(), "trace.path", os.fspath(trace.path), "a file that exists")
+    require_positive("trace", rate_scale=trace.rate_scale)
+    for name in ("requests", "repeat", "stop"):
+        check_cap(f"trace.{name}", getattr(trace, name))
+    require_count("trace.windows", trace.windows)
+    require(isinstance(trace.start, int) and trace.start >= 0, "trace.start", trace.start, "a whole number of arrivals, at least 0")
+    if trace.stop is not None:
+        room = trace.stop - trace.start
+        require(room > 0, "trace.stop", trace.stop, f"an arrival after trace.start={trace.start}")
+        require((trace.requests or 0) <= room, "trace.requests", trace.requests, f"at most the {room} arrivals from start to stop")
+    if trace.windows > 1:
+        require(
+            None not in (trace.requests, trace.stop),
+            "trace.windows",
+            trace.windows,
+            "1, or `requests` and `stop`: a window's length and room",
+        )
+
+
+def _part(trace: MooncakeTrace | AzureTrace, rows: Iterator[Arrival], seed: int) -> Iterator[Arrival]:
+    """The arrivals of a trace's part or window; InvalidInput where the file ends before it begins, or before `stop`."""
+    begin, end = trace.start, trace.stop
+    if trace.requests is not None:
+        if end is not None and trace.windows > 1:
+            begin += seed % trace.windows * (end - begin - trace.requests) // (trace.windows - 1)
+        end = begin + trace.requests
+    if not begin and trace.stop is None:
+        yield from itertools.islice(rows, end)
+        return
+    zero_s, played = 0.0, begin
+    for played, row in enumerate(itertools.islice(rows, begin, end), begin + 1):
+        zero_s = row.time_s if played == begin + 1 else zero_s
+        yield row._replace(time_s=row.time_s - zero_s)
+    require(played > begin, "trace.start", trace.start, "fewer than the arrivals of the file")
+    require(trace.stop is None or played == end, "trace.stop", trace.stop, f"at most the {played} arrivals of the file")
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:

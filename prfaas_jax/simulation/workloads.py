@@ -190,9 +190,8 @@ class Sessions:
     """Conversations or agents, open loop: each prompt is the one before, its output, and new tokens.
 
     A session's next turn comes `output_tokens * output_token_s` plus a think time after the turn before, however long that one waited.
-    It ends after a geometric number of turns, or where the next prompt would pass `max_tokens`. A run begins with no session
-    open, so the rate is reached once the first sessions have ended. As in the Mooncake traces only full blocks are shared: a partial last
-    block has an id that no other request has.
+    It ends after a geometric number of turns, or where the next prompt would pass `max_tokens`. As in the Mooncake traces only full blocks
+    are shared: a partial last block has an id that no other request has.
 
     Attributes:
         process: arrivals of REQUESTS; sessions begin by the same process at its rate over `requests_per_session`.
@@ -210,6 +209,9 @@ class Sessions:
         system_tokens: length of each.
         block_tokens: tokens per block id.
         requests: arrivals after which it ends; None for never.
+        lead_s: sessions have been beginning since that many seconds before the run. What arrived before it is dropped, what is open goes
+            on: with several mean durations of a session a run begins at its long-run rate, with 0 at that of first turns alone. A
+            simulation's caches begin with the prompts of the lead (`held`): without, all that is open would be computed again at once.
     """
 
     process: ArrivalProcess
@@ -227,12 +229,13 @@ class Sessions:
     system_tokens: int = 2048
     block_tokens: int = 512
     requests: int | None = None
+    lead_s: float = 0.0
 
     def __post_init__(self) -> None:
         _check_outputs(self.output_tokens, self.output_sigma)
         check_cap("requests", self.requests)
         require(1 <= self.mean_turns < math.inf, "sessions.mean_turns", self.mean_turns, "a finite number of turns, at least 1")
-        for name in ("think_s", "output_token_s"):
+        for name in ("think_s", "output_token_s", "lead_s"):
             require(0 <= getattr(self, name) < math.inf, f"sessions.{name}", getattr(self, name), "finite seconds, at least 0")
         if self.think_sigma is not None:
             require_positive("sessions", think_sigma=self.think_sigma)
@@ -262,7 +265,21 @@ class Sessions:
 
     def arrivals(self, seed: int) -> Iterator[Arrival]:
         """As `Workload.arrivals`."""
-        return itertools.islice(self._merged(generators(seed, 7)), self.requests)
+        rows = self._merged(generators(seed, 7))
+        return itertools.islice(self._settled(rows) if self.lead_s else rows, self.requests)
+
+    def held(self, seed: int) -> Iterator[Arrival]:
+        """The last prompt of every session of the lead, oldest first: what prefix caches hold as the run begins."""
+        last: dict[int, Arrival] = {}
+        for row in itertools.takewhile(lambda row: row.time_s < self.lead_s, self._merged(generators(seed, 7))):
+            last.pop(row.session, None)  # so that the order is that of the last prompts
+            last[row.session] = row
+        return iter(last.values())
+
+    def _settled(self, rows: Iterator[Arrival]) -> Iterator[Arrival]:
+        """What arrives after the lead, at times from its end on."""
+        for time_s, tokens, output, blocks, session in itertools.dropwhile(lambda row: row.time_s < self.lead_s, rows):
+            yield Arrival(time_s - self.lead_s, tokens, output, blocks, session)
 
     def scaled(self, factor: float) -> "Sessions":
         """As `Workload.scaled`: more sessions, each as it was."""

@@ -32,9 +32,12 @@ def test_a_small_contest_leaves_cells_summary_and_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     *text, headline = done.stdout.splitlines()
     result = json.loads(headline)
-    assert set(result) == {"cells", "ours_vs_best_static_min", "ours_ahead_share", "held_out", "behind"}
+    counts = {"tuning_seeds": 1, "seeds": 2, "requests": 100}
+    assert set(result) == {"cells", "ours_vs_best_static_min", "ours_ahead_share", "held_out", "behind", *counts}
+    assert result.items() >= counts.items()
     assert result["cells"] == 2 and 0 <= result["ours_ahead_share"] <= 1 and result["held_out"] == ["12/bursts", "12/sessions"]
-    assert any(line.startswith("12/bursts* !") for line in text) and any("same money" in line for line in text)
+    assert any(line.startswith("12/bursts* !") for line in text) and sum(line.startswith("12/sessions* !") for line in text) == 3
+    assert any("same money" in line for line in text) and any("largest share" in line for line in text)
 
     names = ["cells.json", "config.json", "env.json", "figure.png", "summary.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -43,7 +46,8 @@ def test_a_small_contest_leaves_cells_summary_and_picture(tmp_path):
     assert [cell["cell"] for cell in cells] == ["12/bursts", "12/sessions"] and all(cell["hard"] for cell in cells)
     assert set(cells[0]["policies"]) == set(CONTENDERS) - {"paper_prefix"} and set(cells[1]["policies"]) == set(CONTENDERS)
     assert min(cell["vs_best"]["mean"] for cell in cells) == result["ours_vs_best_static_min"]
-    assert all(cell["vs_best"]["half_width"] >= 0 for cell in cells)
+    assert all(cell[field]["half_width"] >= 0 for cell in cells for field in ("vs_best", "share_vs_best", "roles_vs_ours"))
+    assert result["behind"] == [cell["cell"] for cell in cells if cell["behind"]]
     assert json.loads((tmp_path / "summary.json").read_text())["cells"] == 2
     assert json.loads((tmp_path / "config.json").read_text())["contest"]["requests"] == 100
 
@@ -51,7 +55,9 @@ def test_a_small_contest_leaves_cells_summary_and_picture(tmp_path):
 def test_one_seed_has_no_interval(tmp_path):
     done = compare("--seeds=1", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert all("half_width" not in cell["vs_paper"] for cell in json.loads((tmp_path / "cells.json").read_text()))
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    assert all("half_width" not in cell[field] for cell in cells for field in ("vs_paper", "share_vs_best", "roles_vs_ours"))
+    assert not any(cell["ahead"] for cell in cells), "without an interval nobody is ahead"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_decisions_are_timed_for_every_policy():
     done = run("-m", "experiments.bench_decision", "--clusters=3", "--regions=1,2", "--batches=1", "--decisions=4", "--limit_us=1e6")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["passed"] is True and set(result["microseconds"]) == set(CONTENDERS) - {"paper_controlled"}
+    assert result["passed"] is True and set(result["microseconds"]) == set(CONTENDERS) - {"paper_controlled", "shadow_price_roles"}
     assert all(us > 0 for us in result["microseconds"].values())
     slow = run("-m", "experiments.bench_decision", "--clusters=3", "--regions=1", "--batches=1", "--decisions=4", "--limit_us=0")
     assert slow.returncode == 1 and json.loads(slow.stdout.splitlines()[-1])["passed"] is False

@@ -1,13 +1,20 @@
+import dataclasses
+import itertools
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sim_fixtures import PAPER
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.footprint import KvFootprint
+from prfaas_jax.scheduling.mix import LogNormalLengths
 from prfaas_jax.simulation import prefix_cache
+from prfaas_jax.simulation.clusters import prefix_caches
 from prfaas_jax.simulation.prefix_cache import PrefixCache
+from prfaas_jax.simulation.scenario import SimOptions
+from prfaas_jax.simulation.workloads import Poisson, Sessions
 
 BLOCK = 10
 PLAIN = KvFootprint(0, 3)
@@ -139,3 +146,19 @@ def test_bad_input_names_the_field(call, field):
     with pytest.raises(InvalidInput) as caught:
         call()
     assert caught.value.field == field
+
+
+def test_caches_begin_with_what_the_sessions_of_the_lead_had():
+    growth = LogNormalLengths(6.0, 0.5, 16, 4096)
+    sessions = Sessions(Poisson(10.0), LogNormalLengths(8.0, 0.5, 512, 16_384), growth, 100, mean_turns=6.0, think_s=5.0, lead_s=60.0)
+    options = SimOptions(prefill_cache_bytes=1e13, decode_cache_bytes=1e13)
+    far, near = prefix_caches(PAPER, options, sessions, 3)
+    before = {row.session: row for row in sessions.held(3)}
+    goes_on = [row for row in itertools.islice(sessions.arrivals(3), 60) if row.session in before]
+    assert len(far) == len(near) == 1 and len({row.session for row in goes_on}) > 20
+    for row in {row.session: row for row in reversed(goes_on)}.values():
+        had = before[row.session].tokens // 512 * 512
+        assert [cache.match(row.blocks, row.tokens) for cache in (*far, *near)] == [had, had]
+    cold, _ = prefix_caches(PAPER, options, dataclasses.replace(sessions, lead_s=0.0), 3)
+    assert cold[0].used_bytes == 0 < far[0].used_bytes
+    assert prefix_caches(PAPER, SimOptions(), sessions, 3) == ([], [])

@@ -6,7 +6,7 @@ import pytest
 from sim_fixtures import PAPER, Listed
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.controllers import PriceController, ThresholdController
+from prfaas_jax.scheduling.controllers import Both, PriceController, ThresholdController
 from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.policies import LengthBlind, PaperPrefix, Reverse, Threshold
 from prfaas_jax.scheduling.predictive import ShadowPrice
@@ -14,6 +14,7 @@ from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, T
 from prfaas_jax.simulation.contenders import CONTENDERS, Ground, build
 from prfaas_jax.simulation.runs import Estimate, Run, prepare, simulate, sweep
 from prfaas_jax.simulation.scenario import Outage, SimOptions, SquareWave
+from prfaas_jax.simulation.unloaded import Unloaded
 from prfaas_jax.simulation.workloads import Arrival, Poisson, Sessions, Synthetic
 
 LENGTHS = LogNormalLengths()
@@ -90,6 +91,20 @@ def test_the_warm_up_does_not_count_and_watchers_see_every_request():
     assert simulate(run(workload=listed, requests=None))["requests"] == 19
 
 
+def test_the_slo_may_be_that_of_another_topology():
+    alone = dataclasses.replace(PAPER, prefill=(), links=())
+    ground = dataclasses.replace(GROUND, topology=alone)
+    mine, theirs = [], []
+    for slo_topology, jobs in ((None, mine), (PAPER, theirs)):
+        simulation, _ = prepare(run("always_local", 0.0, ground=ground, slo_topology=slo_topology), jobs.append)
+        simulation.run(60)
+    own, far = Unloaded(alone, 8192, True), Unloaded(PAPER, 8192, True)
+    assert all(job.unloaded_s == own.ttft(job.arrival.tokens) for job in mine)
+    assert all(job.unloaded_s == far.ttft(job.arrival.tokens) for job in theirs)
+    assert [job.first_s for job in mine] == [job.first_s for job in theirs], "nothing else changes"
+    assert sum(job.unloaded_s for job in theirs) < 0.9 * sum(job.unloaded_s for job in mine)
+
+
 # --- estimates ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +147,8 @@ def test_contenders_are_what_they_are_called():
     policy, controller = build("shadow_price", GROUND)
     assert isinstance(policy, ShadowPrice) and isinstance(controller, PriceController)
     assert policy.prices.prefill.keys() == {"h200", "pd"} and (policy.slo_scale, policy.slo_base_s) == (3.0, 0.5)
+    policy, controller = build("shadow_price_roles", GROUND)
+    assert isinstance(policy, ShadowPrice) and isinstance(controller, Both)
 
 
 @pytest.mark.parametrize(

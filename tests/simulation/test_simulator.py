@@ -156,7 +156,7 @@ def test_a_copied_prefix_goes_to_the_side_that_computes_and_takes_its_time():
     assert job.begun_s - 50.0 == pytest.approx(KV.bytes(copied) / (100 * GBPS))
 
     far_only = dataclasses.replace(CACHES, decode_cache_bytes=0.0)
-    forth = Scripted(there, dataclasses.replace(here, copied_tokens=copied))
+    forth = Scripted(there, here._replace(copied_tokens=copied))
     (first, job), sim = simulate(PAPER, Listed(rows, 512), forth, far_only)
     assert job.cached == job.held == copied and job.cluster == -1 and job.returned_bytes == 0
     assert job.sent_bytes == KV.bytes(copied) and sim.pairs[0][0].moved == pytest.approx(first.sent_bytes + KV.bytes(copied))

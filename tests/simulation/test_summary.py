@@ -66,6 +66,8 @@ def test_the_summary_is_that_of_the_counted_requests():
     assert 0 < met < 300 == result["requests"] == summary.requests
     until = max(j.first_s for j in counted) - min(j.arrival.time_s for j in counted)
     assert result["slo_share"] == met / 300 and result["goodput_rps"] == pytest.approx(met / until)
+    last_arrival = max(j.arrival.time_s for j in counted)
+    assert result["drain_s"] == max(j.first_s for j in counted) - last_arrival >= 0
     assert result["offload_share"] == sum(j.cluster >= 0 for j in counted) / 300
     assert result["egress_gbps"] == pytest.approx(sum(j.sent_bytes for j in counted) / span / GBPS)
     assert result["ttft_p90_s"] == pytest.approx(sorted(j.ttft_s for j in counted)[269], rel=RESOLUTION)

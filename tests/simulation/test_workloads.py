@@ -115,6 +115,7 @@ def test_output_lengths_are_at_least_one_token():
         Synthetic(GammaArrivals(3.0, 2.0), PAPER, 512),
         Synthetic(Bursty(3.0, 5.0, 1.0, 3.0), PAPER, 512),
         dataclasses.replace(SESSIONS, system_share=0.5, output_sigma=0.4, think_sigma=1.0),
+        dataclasses.replace(SESSIONS, lead_s=50.0),
     ],
 )
 def test_one_seed_gives_one_workload(workload):
@@ -161,6 +162,39 @@ def test_turns_are_geometric_unless_the_prompt_gets_too_long():
     counts = [len(turns) for turns in by_session(rows).values() if turns[0].time_s < rows[-1].time_s - 600]
     assert statistics.fmean(counts) == pytest.approx(5.0, rel=0.05)
     assert statistics.stdev(counts) == pytest.approx(math.sqrt(20), rel=0.08)
+
+
+def test_with_a_lead_a_run_begins_at_its_long_run_rate():
+    def minutes(workload, minutes=2, seeds=12):
+        """Requests/s in the first minutes, per seed."""
+        until = 60.0 * minutes
+        return [sum(1 for _ in itertools.takewhile(lambda row: row.time_s < until, workload.arrivals(s))) / until for s in range(seeds)]
+
+    settled, empty = (minutes(dataclasses.replace(SESSIONS, lead_s=lead_s)) for lead_s in (600.0, 0.0))
+    error = statistics.stdev(settled) / math.sqrt(len(settled))
+    assert abs(statistics.fmean(settled) - 20.0) < 3 * error and error < 0.6
+    assert statistics.fmean(empty) < 13.0
+
+
+def test_a_lead_drops_what_comes_before_the_run_and_goes_on_with_what_is_open():
+    led = dataclasses.replace(SESSIONS, lead_s=100.0, requests=2000)
+    rows, whole = list(led.arrivals(5)), first(SESSIONS.arrivals(5), 8000)
+    before = sum(row.time_s < 100 for row in whole)
+    assert before > 1000 and len(rows) == 2000, "`requests` counts after the lead"
+    for a, b in zip(rows, whole[before:], strict=False):
+        assert a[1:] == b[1:] and a.time_s == pytest.approx(b.time_s - 100) and a.time_s >= 0
+    open_then = {row.session for row in whole[:before]} & {row.session for row in rows}
+    assert len(open_then) > 50
+    assert led.scaled(2.0).lead_s == 100.0 and led.requests_per_session == SESSIONS.requests_per_session
+
+
+def test_what_is_held_is_the_last_prompt_of_every_session_before_the_run():
+    led = dataclasses.replace(SESSIONS, lead_s=100.0)
+    before = [row for row in first(SESSIONS.arrivals(5), 8000) if row.time_s < 100]
+    held = list(led.held(5))
+    assert {row.session: row for row in held} == {row.session: row for row in before} and len(held) == len(by_session(before))
+    assert all(a.time_s <= b.time_s for a, b in itertools.pairwise(held))
+    assert not list(SESSIONS.held(5))
 
 
 def test_sessions_without_a_second_turn_are_independent_requests():
@@ -255,8 +289,9 @@ def test_a_share_of_sessions_begins_with_a_common_prompt():
     assert max(seen.values()) / min(seen.values()) < 1.15
 
 
-def test_memory_is_what_is_live():
-    workload = dataclasses.replace(SESSIONS, system_share=0.5, max_tokens=16_384)
+@pytest.mark.parametrize("lead_s", [0.0, 300.0])
+def test_memory_is_what_is_live(lead_s):
+    workload = dataclasses.replace(SESSIONS, system_share=0.5, max_tokens=16_384, lead_s=lead_s)
     assert workload.requests_per_session > 1, "computed before memory is measured"
     stream = workload.arrivals(0)
     tracemalloc.start()
@@ -296,6 +331,8 @@ def test_memory_is_what_is_live():
         (lambda: dataclasses.replace(SESSIONS, think_s=-1.0), "sessions.think_s"),
         (lambda: dataclasses.replace(SESSIONS, think_sigma=0.0), "sessions.think_sigma"),
         (lambda: dataclasses.replace(SESSIONS, output_token_s=math.nan), "sessions.output_token_s"),
+        (lambda: dataclasses.replace(SESSIONS, lead_s=-1.0), "sessions.lead_s"),
+        (lambda: dataclasses.replace(SESSIONS, lead_s=math.inf), "sessions.lead_s"),
         (lambda: dataclasses.replace(SESSIONS, system_share=1.1), "sessions.system_share"),
         (lambda: dataclasses.replace(SESSIONS, system_prompts=0), "sessions.system_prompts"),
         (lambda: dataclasses.replace(SESSIONS, block_tokens=0), "sessions.block_tokens"),
