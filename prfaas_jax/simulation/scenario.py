@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.simulation.prefill import check_chunk
+from prfaas_jax.scheduling.batching import prefill_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,9 @@ class SimOptions:
     warmup: float = 0.05
 
     def __post_init__(self) -> None:
-        check_chunk(self.prefill_chunk)
-        for field in ("prefill_rows", "checkpoint_blocks"):
-            if getattr(self, field) < 1:
-                raise InvalidInput(field, getattr(self, field), "a whole number >= 1")
+        prefill_buckets(self.prefill_chunk, self.prefill_rows)  # refuses what makes none
+        if self.checkpoint_blocks < 1:
+            raise InvalidInput("checkpoint_blocks", self.checkpoint_blocks, "a whole number >= 1")
         for field in ("prefill_cache_bytes", "decode_cache_bytes", "detect_s", "convert_s", "slo_base_s"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InvalidInput(field, getattr(self, field), "a finite number >= 0")

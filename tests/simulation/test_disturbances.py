@@ -305,7 +305,7 @@ RNG = np.random.default_rng(0)
             Outage("h200", "decode", 0, 1.0, 1.0),
         )),
         *((lambda f=f, v=v: SimOptions(**{f: v}), f) for f, v in (
-            ("prefill_chunk", 100), ("prefill_chunk", 0), ("prefill_rows", 0), ("checkpoint_blocks", 0), ("prefill_cache_bytes", -1.0),
+            ("prefill_chunk", 65), ("prefill_chunk", 0), ("prefill_rows", 0), ("checkpoint_blocks", 0), ("prefill_cache_bytes", -1.0),
             ("decode_cache_bytes", math.nan), ("stall_s", 0.0), ("detect_s", -1.0), ("detect_s", math.inf), ("convert_s", -1.0),
             ("control_s", 0.0), ("slo_scale", 0.0), ("slo_base_s", -0.1), ("slo_tpot_s", 0.0), ("warmup", 1.0), ("warmup", -0.1),
         )),
