@@ -139,6 +139,16 @@ def topology_of(case: CaseStudy, n_p: int, rtt_s: float | None = None) -> Topolo
     return Topology(case.kv, (PrefillCluster("prfaas", case.prfaas, case.n_prfaas),), (region,), (link,))
 
 
+def case_of(topology: Topology) -> CaseStudy:
+    """The inverse of `topology_of`, names and roles apart. InvalidInput unless it is one prefill cluster with a link to one region."""
+    if not len(topology.prefill) == len(topology.regions) == len(topology.links) == 1:
+        found = f"{len(topology.prefill)} prefill clusters, {len(topology.regions)} regions, {len(topology.links)} links"
+        raise InvalidInput("topology", found, "a topology of one prefill cluster and one region, with a link")
+    (far,), (near,), (link,) = topology.prefill, topology.regions, topology.links
+    system = topology.kv, far.instance, near.instance, far.instances, near.instances
+    return CaseStudy(*system, link.bytes_per_s, near.local_bytes_per_s, link.rtt_s, link.window_bytes)
+
+
 def best_roles(topology: Topology, mix: Mix) -> tuple[Topology, Optimum]:
     """The split of every region into prefill and decode instances that sustains most, any placement allowed.
 

@@ -17,6 +17,7 @@ from prfaas_jax.scheduling.planner import (
     advise,
     best_roles,
     bottleneck,
+    case_of,
     cheapest,
     equal_cost_instances,
     grid,
@@ -211,6 +212,19 @@ def test_best_roles_of_two_regions():
     many = tuple(Region(f"r{i}", PAPER.pd, 1, 29) for i in range(2))
     with pytest.raises(InvalidInput, match=r"1\.\.512 combinations"):
         best_roles(dataclasses.replace(one, prefill=(), regions=many, links=()), mix)
+
+
+def test_a_case_of_a_topology_makes_that_topology():
+    far = dataclasses.replace(PAPER, rtt_s=0.06, window_bytes=2.0**26)
+    for case in (PAPER, far):
+        for n_p in (0, 3):
+            topology = topology_of(case, n_p)
+            assert case_of(topology) == case and topology_of(case_of(topology), n_p) == topology
+    alone = topology_of(dataclasses.replace(PAPER, n_prfaas=0), 3)
+    twice = dataclasses.replace(topology, prefill=(*topology.prefill, dataclasses.replace(topology.prefill[0], name="more")))
+    for other in (alone, twice):
+        with pytest.raises(InvalidInput, match="a topology of one prefill cluster and one region"):
+            case_of(other)
 
 
 def test_the_cheapest_system_for_a_rate():
