@@ -85,7 +85,8 @@ class Simulation:
         self.jobs: dict[int, Job] = {}  # in the system
         self.parked: list[Job] = []  # nothing can take them now
         self.down: dict[object, int] = {}  # instances: outages under way
-        self.idle_turns = 0
+        self.turns = 0  # events to come of what is endless: waves, the controller
+        self.vain: dict[object, int] = {}  # their turns since there was last hope for what is parked
         disturbances.refresh_health(self)
         disturbances.schedule(self, dict(links or {}), outages)
 
@@ -116,7 +117,7 @@ class Simulation:
         self.left = math.inf if requests is None else requests
         self._await_next()
         if self.controller is not None:
-            self.kernel.at(self.options.control_s, disturbances.control, self)
+            disturbances.await_control(self)
         self.kernel.run(until_s)
         if self.jobs and not self.kernel.pending:
             raise NoDecodeServer(f"{len(self.jobs)} requests are left at {self.kernel.now:.1f} s and nothing will take them")

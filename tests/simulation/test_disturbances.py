@@ -15,6 +15,7 @@ from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, LengthBlin
 from prfaas_jax.scheduling.profiles import prefill_s
 from prfaas_jax.scheduling.topology import GBPS, Region, Topology
 from prfaas_jax.scheduling.view import NoDecodeServer
+from prfaas_jax.simulation.disturbances import IDLE_TURNS
 from prfaas_jax.simulation.scenario import Outage, SimOptions, SquareWave, Steps, random_outages
 from prfaas_jax.simulation.simulator import Simulation
 from prfaas_jax.simulation.workloads import Arrival, Poisson, Sessions, Synthetic
@@ -158,6 +159,46 @@ def test_links_change_until_the_last_request_however_late_it_comes():
     assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / (100 * GBPS))
     jobs, _ = simulate(PAPER, Listed((rows[0], rows[1]._replace(time_s=1060.0))), AlwaysRemote(), SimOptions(overlap=False), links=wave)
     assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / GBPS)
+
+
+def test_links_and_controller_outlive_a_gap_of_thousands_of_periods():
+    rows = (Arrival(0.0, 100, 2), Arrival(50_000.0, 60_000, 2))
+    controller = Script()
+    change = {("h200", "pd"): Steps(((50_001.0, GBPS),))}
+    jobs, sim = simulate(PAPER, Listed(rows), AlwaysRemote(), SimOptions(overlap=False), links=change, controller=controller)
+    assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / GBPS)
+    assert len(controller.updates) == int(sim.last_s / 5.0) + 1 > 10_000
+
+
+@pytest.mark.parametrize("plan", [SquareWave(GBPS, 40.0), Steps(((5.0, 50 * GBPS), (3000.0, 10 * GBPS), (4010.0, GBPS)))])
+def test_links_and_controller_outlive_an_outage_that_parks_everything(plan):
+    """The last arrival is parked for hundreds of periods; when it is placed at last, t and the link are not those of long ago."""
+    topology, controller = paper(decode=1), Script((3950.0, UsePolicy(AlwaysRemote(), "")))
+    gone = (Outage("pd", "decode", 0, 2.0, 3998.0),)
+    options = SimOptions(overlap=False)
+    (job,), sim = simulate(
+        topology, lone(60_000, at=6.0), AlwaysLocal(), options, links={("h200", "pd"): plan}, outages=gone, controller=controller
+    )
+    assert (job.placed_s, job.cluster) == (4001.0, 0), "by the policy of that time"
+    # The wave is high until 4,020 s and low then; the steps are low from 4,010 s on.
+    high, until = (100 * GBPS, 4020.0) if isinstance(plan, SquareWave) else (10 * GBPS, 4010.0)
+    whole = KV.bytes(60_000)
+    sent = min(whole, high * max(0.0, until - job.computed_s))
+    assert job.kv_s == pytest.approx(job.computed_s + sent / high + (whole - sent) / GBPS)
+    assert controller.updates[-1][0] > sim.last_s > 4000.0
+
+
+@pytest.mark.parametrize("detect_s", [1.0, 300.0])
+def test_what_nothing_will_ever_take_is_reported_in_bounded_time(detect_s):
+    sim = Simulation(
+        *(paper(decode=1), lone(at=6.0), AlwaysLocal(), SimOptions(detect_s=detect_s), 0, print),
+        links={("h200", "pd"): SquareWave(GBPS, 1.0)},
+        outages=[Outage("pd", "decode", 0, 2.0, math.inf)],
+        controller=Script(),
+    )
+    with pytest.raises(NoDecodeServer, match="1 requests are left"):
+        sim.run()
+    assert sim.kernel.now < 2 * IDLE_TURNS * sim.options.control_s + 2 * detect_s
 
 
 def test_outages_of_one_instance_may_overlap():
