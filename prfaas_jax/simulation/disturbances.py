@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import Convert, UsePolicy
 from prfaas_jax.simulation.decode import DecodeInstance, DecodeTask
+from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.links import Pair, Transfer
 from prfaas_jax.simulation.pools import DecodePool, PrefillPool
 from prfaas_jax.simulation.prefill import PrefillInstance
@@ -142,6 +143,8 @@ def _fail(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: obje
         return
     pool = _pool(instance)
     lost = [task.owner for task in instance.fail()]
+    if instance in pool.instances:  # it has not changed its role
+        lost += [job for job in sim.jobs.values() if job.source is instance and not _gone(job)]
     pool.refresh()
     _forget(sim)
     for job in lost:
@@ -155,6 +158,11 @@ def _fail(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: obje
                 sim.retry(task.owner)
 
     sim.kernel.at(sim.kernel.now + sim.options.detect_s, known)
+
+
+def _gone(job: Job) -> bool:
+    """Whether the last byte of its KV has left the prefill instance, and is at most on its way."""
+    return job.transfer is not None and job.transfer.closed and not job.transfer.active
 
 
 def _forget(sim: "Simulation") -> None:

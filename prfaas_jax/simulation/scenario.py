@@ -106,7 +106,7 @@ Part = Literal["prefill", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Outage:
-    """One instance is gone from `start_s` on for `seconds` (infinite: for good); what it computed and held is lost.
+    """One instance is gone from `start_s` on for `seconds` (infinite: for good); what it held is lost, KV that has not left it too.
 
     `part` says which of a cluster's instances: "prefill" or "decode"; `index` counts them, as the topology has them, from 0. One that has
     changed its role by then is spared. The prefix cache of a cluster is lost with the last of its instances.

@@ -280,6 +280,7 @@ class Simulation:
         now, cluster = self.kernel.now, job.cluster
         job.begun_s, job.computed_s, job.prefill = task.begun_s, now, None
         assert task.instance is not None  # it has run
+        job.source = task.instance
         task.instance.cluster.note()
         if cluster >= 0:
             self.view.prefill.queue[cluster] -= 1
@@ -327,7 +328,7 @@ class Simulation:
     def _commit(self, job: Job) -> None:
         """All KV is in the region."""
         region = job.region
-        job.kv_s = self.kernel.now
+        job.kv_s, job.source = self.kernel.now, None
         if self._known_dead(region):
             self.retry(job)
             return
@@ -386,6 +387,6 @@ class Simulation:
             streamed = min(disturbances.take_from_decode(self, job.decode), max(0, self._longest - job.tokens))
             job.tokens, job.output = job.tokens + streamed, job.output - streamed
         self.view.decode.queue[job.region] -= 1
-        job.prefill = job.transfer = job.pair = job.decode = None
+        job.prefill = job.source = job.transfer = job.pair = job.decode = None
         job.computed_s = job.kv_s = math.nan
         self.place(job)

@@ -96,6 +96,31 @@ def test_a_prefill_that_dies_is_computed_again_from_the_start():
     assert job.sent_bytes > KV.bytes(60_000) and job.sent_bytes == pytest.approx(sim.pairs[0][0].moved), "chunks that were sent in vain"
 
 
+@pytest.mark.parametrize(
+    ("index", "after_s", "attempts"), [(0, 2.0, 2), (1, 2.0, 1), (0, 100.0, 1)], ids=["its instance", "another", "all has left"]
+)
+def test_kv_that_has_not_left_an_instance_is_lost_with_it(index, after_s, attempts):
+    link = dataclasses.replace(PAPER.links[0], bytes_per_s=GBPS, rtt_s=4.0)
+    whole, prefill = KV.bytes(60_000), prefill_s(PAPER.prefill[0].instance.prefill, 60_000)
+    after_s = min(after_s, whole / GBPS + 1.0)  # a second of the two that the last byte travels
+    gone = Outage("h200", "prefill", index, 1.0 + prefill + after_s, 0.5)
+    topology = dataclasses.replace(PAPER, links=(link,))
+    (job,), sim = simulate(topology, lone(60_000), AlwaysRemote(), SimOptions(overlap=False), outages=[gone])
+    assert (job.attempts, job.fallbacks) == (attempts, attempts - 1)
+    again = after_s + prefill if attempts == 2 else 0.0
+    assert job.kv_s == pytest.approx(1.0 + prefill + again + whole / GBPS + 2.0)
+    assert job.sent_bytes == pytest.approx(whole + (attempts - 1) * 2.0 * GBPS) == pytest.approx(sim.pairs[0][0].moved)
+
+
+def test_kv_on_its_way_inside_a_region_is_lost_with_its_instance():
+    whole, prefill = KV.bytes(60_000), prefill_s(H20.prefill, 60_000)
+    slow = dataclasses.replace(paper(local_bytes_per_s=GBPS), links=())
+    gone = (Outage("pd", "prefill", 0, 1.0 + prefill + 2.0, 0.5), Outage("pd", "prefill", 1, 1.0 + prefill + 1.0, 0.5))
+    (job,), _ = simulate(slow, lone(60_000), AlwaysLocal(), SimOptions(overlap=False), outages=gone)
+    assert job.attempts == 2 and job.computed_s == pytest.approx(1.0 + prefill + 2.0 + prefill)
+    assert job.kv_s == pytest.approx(job.computed_s + whole / GBPS)
+
+
 def test_a_stalled_transfer_is_given_up_after_stall_s_and_counts_from_when_it_stalls():
     link = {("h200", "pd"): Steps(((3.0, DOWN), (100.0, GBPS)))}
     options = SimOptions(overlap=False, stall_s=4.0)
