@@ -177,33 +177,6 @@ def role_choices(topology: Topology) -> Iterator[Topology]:
         yield dataclasses.replace(topology, regions=regions)
 
 
-def with_counts(topology: Topology, counts: dict[str, int]) -> Topology:
-    """The topology with other numbers of instances per cluster name; a region's new ones decode until roles are chosen."""
-    prefill = tuple(dataclasses.replace(c, instances=counts.get(c.name, c.instances)) for c in topology.prefill)
-    regions = tuple(dataclasses.replace(r, prefill=0, decode=counts.get(r.name, r.instances)) for r in topology.regions)
-    return dataclasses.replace(topology, prefill=prefill, regions=regions)
-
-
-def cheapest(topology: Topology, mix: Mix, requests_per_s: float, most: dict[str, int]) -> tuple[Topology, Optimum] | None:
-    """The cheapest numbers of instances, up to `most` per cluster, that sustain `requests_per_s`; None where even all of them do not.
-
-    Candidates go by cost, ties by fewer instances; roles are the best for each.
-    """
-    names = [c.name for c in topology.clusters]
-    if set(most) != set(names) or min(most.values()) < 1:
-        raise InvalidInput("most", most, f"a number of instances >= 1 for each of {names}")
-    choices = itertools.product(*(range(1, most[n] + 1) for n in names))
-    candidates = (with_counts(topology, dict(zip(names, counts, strict=True))) for counts in choices)
-    for candidate in sorted(candidates, key=lambda c: c.cost_per_hour):
-        try:
-            roles, found = best_roles(candidate, mix)
-        except InvalidInput:
-            continue  # one instance cannot prefill and decode
-        if found.lambda_max >= requests_per_s:
-            return roles, found
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Gain:
     """What one more unit buys: the price at the optimum as it stands, and the true gain when roles and placement follow."""
