@@ -199,10 +199,11 @@ class Simulation:
         return not self.decode[region].alive and not self.view.decode.healthy[region]
 
     def _open(self, cluster: int, region: int) -> bool:
-        """Whether the path (-1: local) has an instance that takes prompts, and a link, up or down."""
+        """Whether the path (-1: local) has an instance that takes prompts, and a link that is not down, as far as the router knows."""
         if cluster < 0:
             return self.local[region].alive
-        return self.prefill[cluster].alive and self.pairs[cluster][region] is not None
+        pair = self.pairs[cluster][region]
+        return self.prefill[cluster].alive and pair is not None and bool(pair.capacity or self.view_links.bytes_per_s[cluster, region])
 
     def _matches(self, job: Job) -> tuple[Held, Held]:
         """Cached prefix in tokens, per prefill cluster and per region."""

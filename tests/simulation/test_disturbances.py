@@ -213,6 +213,24 @@ def test_links_and_controller_outlive_an_outage_that_parks_everything(plan):
     assert controller.updates[-1][0] > sim.last_s > 4000.0
 
 
+ONLY_FAR = paper(prefill=0, decode=8)
+
+
+def test_a_region_that_cannot_prefill_waits_for_its_link_to_come_back():
+    """Parked once the router knows, and not tried again every few seconds."""
+    link = {("h200", "pd"): Steps(((5.0, DOWN), (9000.0, 100 * GBPS)))}
+    rows = (Arrival(1.0, 100, 4), Arrival(5.5, 20_000, 4), Arrival(6.5, 20_000, 4))
+    jobs, sim = simulate(ONLY_FAR, Listed(rows), AlwaysRemote(), links=link)
+    assert [(j.id, j.attempts) for j in jobs] == [(0, 1), (2, 1), (1, 2)] and sim.fallbacks == 1
+    assert jobs[1].placed_s == jobs[2].placed_s == 9001.0
+
+
+def test_a_link_that_never_comes_back_is_reported():
+    for controller in (None, Script()):
+        with pytest.raises(NoDecodeServer, match="1 requests are left"):
+            simulate(ONLY_FAR, lone(at=5.5), AlwaysRemote(), links={("h200", "pd"): Steps(((5.0, DOWN),))}, controller=controller)
+
+
 @pytest.mark.parametrize("detect_s", [1.0, 300.0])
 def test_what_nothing_will_ever_take_is_reported_in_bounded_time(detect_s):
     sim = Simulation(
