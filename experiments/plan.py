@@ -5,11 +5,14 @@
     python -m experiments.plan --config=configs/studies/paper_case.py --config.workload.mu=9.0 --config.workload.sigma=1.2
     python -m experiments.plan --config=configs/studies/paper_case.py --config.workload.output_tokens=2048
     python -m experiments.plan --config=configs/studies/paper_case.py --config.trace=requests.jsonl.gz
+    python -m experiments.plan --config=configs/studies/paper_case.py --config.rate=3
 
 Rates are requests/s that the system sustains, by the paper's Eq. 1-8 in the study's reading; the linear program allows any placement and
 takes exact expectations. TTFT is without queues. A pilot is worth it when it sustains at least 1.05 times what a homogeneous cluster of
-equal cost would. The last line is JSON: threshold (null: nothing is offloaded), n_prefill_local, n_decode, lambda_max,
-gain_over_homogeneous, gain_over_naive, gain_over_length_blind, gain_over_equal_cost, egress_gbps, bottleneck, worth_it.
+equal cost would. For a rate that is given the cheapest system is searched among all with up to twice the study's instances, with or
+without a PrfaaS cluster. The last line is JSON: threshold (null: nothing is offloaded), n_prefill_local, n_decode, lambda_max,
+gain_over_homogeneous, gain_over_naive, gain_over_length_blind, gain_over_equal_cost, egress_gbps, bottleneck, cheapest (n_prfaas,
+n_prefill_local, n_decode, cost_per_hour, lambda_max; null: no rate is given, or no such system sustains it), worth_it.
 """
 
 import csv
@@ -25,7 +28,8 @@ from ml_collections import ConfigDict, config_flags
 from configs.studies import case_study, mix_of
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.scheduling.mix import Mix
-from prfaas_jax.scheduling.planner import PILOT_LOAD, Advice, advise, bottleneck, grid, length_blind_ttft
+from prfaas_jax.scheduling.planner import PILOT_LOAD, Advice, advise, bottleneck, grid, length_blind_ttft, topology_of
+from prfaas_jax.scheduling.sizing import MAX_SIZES, cheapest
 from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import GBPS
 from prfaas_jax.serving.process import run_main
@@ -75,6 +79,22 @@ def comparison(case: CaseStudy, mix: Mix, advice: Advice) -> list[dict[str, Any]
         | ({"ttft_mean_s": times[0], "ttft_p90_s": times[1]} if times else {})
         for name, instances, money, rate, times in rows
     ]
+
+
+def cheapest_for(rate: float, case: CaseStudy, mix: Mix) -> tuple[str, dict[str, Any] | None]:
+    """The cheapest system that sustains `rate` requests/s, of up to twice the instances: for people, and as data."""
+    most = {"prfaas": 2 * case.n_prfaas, "pd": 2 * case.n_pd}
+    what = f"up to {most['prfaas']} PrfaaS and {most['pd']} PD instances"
+    if (most["prfaas"] + 1) * most["pd"] > MAX_SIZES:
+        return f"not searched: {what} make more than {MAX_SIZES} combinations", None
+    found = cheapest(topology_of(case, 0), mix, rate, most)
+    if found is None:
+        return f"none of {what} sustains {rate:g} requests/s", None
+    (region,), far = found[0].regions, sum(c.instances for c in found[0].prefill)
+    money, sustained = found[0].cost_per_hour, found[1].lambda_max
+    text = f"{far} PrfaaS + {region.prefill} / {region.decode} for {rate:g} requests/s: {money:g} per hour, sustains {sustained:.3f}"
+    counts = {"n_prfaas": far, "n_prefill_local": region.prefill, "n_decode": region.decode}
+    return text, {**counts, "cost_per_hour": money, "lambda_max": sustained}
 
 
 def curves(config: ConfigDict, case: CaseStudy, mix: Mix, advice: Advice) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -162,6 +182,9 @@ def main(argv: list[str]) -> None:
     plan, binds = advice.plan, bottleneck(case, advice.plan, mix)
     rows = comparison(case, mix, advice)
     show(config, case, mix, advice, rows, binds)
+    text, least = cheapest_for(config.rate, case, mix) if config.rate else ("", None)
+    if text:
+        print(f"\ncheapest          {text}")
     result = {
         "threshold": plan.t if math.isfinite(plan.t) else None,
         "n_prefill_local": plan.n_p,
@@ -173,6 +196,7 @@ def main(argv: list[str]) -> None:
         "gain_over_equal_cost": plan.lambda_max / advice.homogeneous_equal_cost.lambda_max,
         "egress_gbps": plan.egress_gbps,
         "bottleneck": binds,
+        "cheapest": least,
         "worth_it": advice.worth_it,
     }
     if workdir:

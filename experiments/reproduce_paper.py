@@ -2,13 +2,16 @@
 
     python -m experiments.reproduce_paper [--only=table1,table3,table5,table6,figure2,figure4,figure5,sizing,beyond,queues]
 
-The paper's evaluation is analytic: profiled times in Eq. 1-8. Six coefficients are fitted to its Tables 5 and 6 (configs/profiles), Table 3
-is read back from profiles made of it; everything else follows. `beyond`: length-blind and equal-cost baselines, exact E[T], sweeps over
-link and output length, beside what our first solution of the equations gave. `queues`: TTFT of whole prompts first come first served,
-simulated, about a minute and a half. What the figures show is our reading: figure 2 Phi_kv over length, figure 4 the length distribution
-with t and p, figure 5 Lambda_max over t and N_p.
+The paper's evaluation is analytic: profiled times in Eq. 1-8. Six coefficients are fitted to its Tables 5 and 6 (configs/profiles), and the
+profiles behind Table 3 are made of it. So every check has a kind. `printed`: the paper's number, and no input of ours. `circular`: fitted,
+or following from what was, so that it checks units and code only. `extension`: the paper lacks it.
 
-Writes checks.csv, what each picture shows as csv, and the pictures. The last line is JSON: checks, failed. Exit code 1 when a check fails.
+`beyond`: length-blind and equal-cost baselines, exact E[T], sweeps over link and output length, beside what our first solution of the
+equations gave. `queues`: TTFT of whole prompts first come first served, simulated, about a minute and a half. What the figures show is our
+reading: figure 2 Phi_kv over length, figure 4 the length distribution with t and p, figure 5 Lambda_max over t and N_p.
+
+Writes checks.csv, what each picture shows as csv, and the pictures. The last line is JSON: checks, by_kind, failed. Exit code 1 when a
+check fails.
 """
 
 import csv
@@ -67,16 +70,16 @@ def read_paper() -> Paper:
 
 
 def table(checks: list[Check]) -> str:
-    """One line per check: ours, what is printed, error, tolerance, verdict."""
+    """One line per check: kind, ours, what is printed, error, tolerance, verdict."""
     expected = "expected" if checks[0].section in ("beyond", "queues") else "printed"
-    lines = [f"{'':54} {expected:>18} {'ours':>18} {'error':>9} {'tolerance':>10}"]
+    lines = [f"{'':54} {'kind':9} {expected:>18} {'ours':>18} {'error':>9} {'tolerance':>10}"]
     for c in checks:
         printed, ours = (x if isinstance(x, str) else f"{x:,.5g}" for x in (c.printed, c.ours))
         error = "" if c.error is None else f"{c.error:+.2%}".replace("-0.00%", "+0.00%")
         wide = c.absolute and (isinstance(c.printed, str) or c.absolute > c.tolerance * abs(c.printed))
         tolerance = "equal" if isinstance(c.printed, str) else f"+-{c.absolute:g}" if wide else f"{c.tolerance:.1%}"
         because = f"  ({c.because})" if c.because else ""
-        lines.append(f"  {c.what:52} {printed:>18} {ours:>18} {error:>9} {tolerance:>10}  {'PASS' if c.ok else 'FAIL'}{because}")
+        lines.append(f"  {c.what:52} {c.kind:9} {printed:>18} {ours:>18} {error:>9} {tolerance:>10}  {'PASS' if c.ok else 'FAIL'}{because}")
     return "\n".join(lines)
 
 
@@ -226,7 +229,8 @@ def main(argv: list[str]) -> None:
     workdir.write_config(flags.FLAGS.flag_values_dict())
     workdir.write_env()
     workdir.write_rows("checks.csv", [{**dataclasses.asdict(c), "error": c.error, "ok": c.ok} for c in checks])
-    result = {"checks": len(checks), "failed": failed}
+    by_kind = {kind: sum(c.kind == kind for c in checks) for kind in numbers.KINDS}
+    result = {"checks": len(checks), "by_kind": by_kind, "failed": failed}
     workdir.write_summary(result)
     headline(result)
     sys.exit(1 if failed else 0)

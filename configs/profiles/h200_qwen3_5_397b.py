@@ -5,7 +5,7 @@
 gives 4.13 / 6.28 / 8.25 / 7.47 Gbps back at 1,024 / 8,192 / 32,000 / 130,000 tokens.
 
 Derived, not measured here: T = S_kv / Phi_kv, with the Phi_kv that the paper prints and the bytes of configs/models/qwen3_5_397b.py.
-So the column coming back checks units and interpolation and is no evidence of its own; the paper's sizing of 64 instances is.
+So the column coming back checks units and interpolation and is no evidence of its own.
 """
 
 from ml_collections import ConfigDict

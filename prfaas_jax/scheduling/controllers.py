@@ -155,6 +155,8 @@ class ThresholdController:
         """See Controller."""
         if view.links is None or view.prefill.load is None or view.decode.load is None:
             raise InvalidInput("view", view, "loads and links")
+        if view.links.bytes_per_s.shape != (1, 1):
+            raise InvalidInput("view.links", view.links.bytes_per_s.shape, "(1, 1): one prefill cluster and one region")
         rate = float(view.links.bytes_per_s[0, 0])
         full = [load.drained_at_s.max() - now > self._backlog_s for load in (view.prefill.load, view.decode.load)]
         full.append(rate > 0 and view.links.pending_bytes[0, 0] / rate > self._backlog_s)

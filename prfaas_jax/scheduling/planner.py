@@ -139,6 +139,16 @@ def topology_of(case: CaseStudy, n_p: int, rtt_s: float | None = None) -> Topolo
     return Topology(case.kv, (PrefillCluster("prfaas", case.prfaas, case.n_prfaas),), (region,), (link,))
 
 
+def case_of(topology: Topology) -> CaseStudy:
+    """The inverse of `topology_of`, names and roles apart. InvalidInput unless it is one prefill cluster with a link to one region."""
+    if not len(topology.prefill) == len(topology.regions) == len(topology.links) == 1:
+        found = f"{len(topology.prefill)} prefill clusters, {len(topology.regions)} regions, {len(topology.links)} links"
+        raise InvalidInput("topology", found, "a topology of one prefill cluster and one region, with a link")
+    (far,), (near,), (link,) = topology.prefill, topology.regions, topology.links
+    system = topology.kv, far.instance, near.instance, far.instances, near.instances
+    return CaseStudy(*system, link.bytes_per_s, near.local_bytes_per_s, link.rtt_s, link.window_bytes)
+
+
 def best_roles(topology: Topology, mix: Mix) -> tuple[Topology, Optimum]:
     """The split of every region into prefill and decode instances that sustains most, any placement allowed.
 
@@ -165,33 +175,6 @@ def role_choices(topology: Topology) -> Iterator[Topology]:
         split = zip(topology.regions, roles, strict=True)
         regions = tuple(dataclasses.replace(r, prefill=n_p, decode=r.instances - n_p) for r, n_p in split)
         yield dataclasses.replace(topology, regions=regions)
-
-
-def with_counts(topology: Topology, counts: dict[str, int]) -> Topology:
-    """The topology with other numbers of instances per cluster name; a region's new ones decode until roles are chosen."""
-    prefill = tuple(dataclasses.replace(c, instances=counts.get(c.name, c.instances)) for c in topology.prefill)
-    regions = tuple(dataclasses.replace(r, prefill=0, decode=counts.get(r.name, r.instances)) for r in topology.regions)
-    return dataclasses.replace(topology, prefill=prefill, regions=regions)
-
-
-def cheapest(topology: Topology, mix: Mix, requests_per_s: float, most: dict[str, int]) -> tuple[Topology, Optimum] | None:
-    """The cheapest numbers of instances, up to `most` per cluster, that sustain `requests_per_s`; None where even all of them do not.
-
-    Candidates go by cost, ties by fewer instances; roles are the best for each.
-    """
-    names = [c.name for c in topology.clusters]
-    if set(most) != set(names) or min(most.values()) < 1:
-        raise InvalidInput("most", most, f"a number of instances >= 1 for each of {names}")
-    choices = itertools.product(*(range(1, most[n] + 1) for n in names))
-    candidates = (with_counts(topology, dict(zip(names, counts, strict=True))) for counts in choices)
-    for candidate in sorted(candidates, key=lambda c: c.cost_per_hour):
-        try:
-            roles, found = best_roles(candidate, mix)
-        except InvalidInput:
-            continue  # one instance cannot prefill and decode
-        if found.lambda_max >= requests_per_s:
-            return roles, found
-    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import Both, Controller, PriceController, RoleController, ThresholdController
 from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.scheduling.planner import case_of
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, CacheHitRule, LengthBlind, PaperPrefix, Reverse, Threshold
 from prfaas_jax.scheduling.predictive import LeastTtft, Predictor, ShadowPrice
 from prfaas_jax.scheduling.prices import placement_prices
-from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import Policy
 from prfaas_jax.simulation.scenario import SimOptions
@@ -40,20 +40,8 @@ Built = tuple[Policy, Controller | None]
 
 def _controlled_threshold(ground: Ground, t: float) -> Built:
     """The paper's short timescale; it is defined for one cluster and one region."""
-    topology = ground.topology
-    if len(topology.prefill) != 1 or len(topology.regions) != 1 or len(topology.links) != 1:
-        raise InvalidInput("policy", "paper_controlled", "a topology of one prefill cluster and one region")
-    (cluster,), (region,), (link,) = topology.prefill, topology.regions, topology.links
-    case = CaseStudy(
-        kv=topology.kv,
-        prfaas=cluster.instance,
-        pd=region.instance,
-        n_prfaas=cluster.instances,
-        n_pd=region.instances,
-        b_out=link.bytes_per_s,
-        local_bytes_per_s=region.local_bytes_per_s,
-    )
-    return Threshold(int(t)), ThresholdController(case, region.prefill, int(t))
+    n_p = ground.topology.regions[0].prefill
+    return Threshold(int(t)), ThresholdController(case_of(ground.topology), n_p, int(t))
 
 
 def _ours(ground: Ground, parameter: float) -> Built:

@@ -4,26 +4,38 @@ The router learns of a failure `detect_s` late, as live; until then its policy d
 dead instance is placed again. Requests are never lost: they are placed again, or parked until something can take them.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import Convert, UsePolicy
 from prfaas_jax.simulation.decode import DecodeInstance, DecodeTask
+from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.links import Pair, Transfer
 from prfaas_jax.simulation.pools import DecodePool, PrefillPool
 from prfaas_jax.simulation.prefill import PrefillInstance
 from prfaas_jax.simulation.prefix_cache import PrefixCache
-from prfaas_jax.simulation.scenario import LinkPlan, Outage
+from prfaas_jax.simulation.scenario import LinkPlan, Outage, SquareWave
 
 if TYPE_CHECKING:
     from prfaas_jax.simulation.simulator import Simulation
 
-Changes = Iterator[tuple[float, float]]
-
-# Changes of links and turns of controllers in a row that may leave all requests parked: then nothing will help them.
+# Turns in vain of every wave and of the controller, with nothing else to come, after which nothing will help what is parked.
 IDLE_TURNS = 100
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Course:
+    """A link's plan under way: rows of the view, changes to come, the cap of one transfer. Only an `endless` one has to be ended."""
+
+    cluster: int
+    region: int
+    changes: Iterator[tuple[float, float]]
+    window: float
+    endless: bool
 
 
 def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outages: Sequence[Outage]) -> None:
@@ -32,7 +44,8 @@ def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outag
         link = sim.topology.link(cluster, region)
         if link is None:
             raise InvalidInput("links", (cluster, region), f"one of {[(x.prefill, x.decode) for x in sim.topology.links]}")
-        _next_change(sim, sim.cluster_row[cluster], sim.region_row[region], plan.changes(link.bytes_per_s), link.window_bytes_per_s)
+        rows, changes = (sim.cluster_row[cluster], sim.region_row[region]), plan.changes(link.bytes_per_s)
+        _next_change(sim, _Course(*rows, changes, link.window_bytes_per_s, isinstance(plan, SquareWave)))
     for outage in outages:
         pools: Sequence[PrefillPool | DecodePool] = (*sim.prefill, *sim.local) if outage.part == "prefill" else sim.decode
         pool = next((p for p in pools if p.name == outage.cluster), None)
@@ -46,32 +59,35 @@ def schedule(sim: "Simulation", links: Mapping[tuple[str, str], LinkPlan], outag
 # --- links -------------------------------------------------------------------------------------------------------------------------
 
 
-def _next_change(sim: "Simulation", cluster: int, region: int, changes: Changes, window: float) -> None:
-    change = next(changes, None)
+def _next_change(sim: "Simulation", course: _Course) -> None:
+    change = next(course.changes, None)
     if change is not None:
-        sim.kernel.at(change[0], lambda _: _change(sim, cluster, region, change[1], changes, window))
+        _at(sim, change[0], course if course.endless else None, lambda: _change(sim, course, change[1]))
 
 
-def _change(sim: "Simulation", cluster: int, region: int, capacity: float, changes: Changes, window: float) -> None:
+def _change(sim: "Simulation", course: _Course, capacity: float) -> None:
     for table in (sim.pairs, sim.reverse):
-        pair = table[cluster][region]
+        pair = table[course.cluster][course.region]
         assert pair is not None  # schedule() found the link
         pair.set_capacity(capacity)
         for transfer in pair.open:
             watch(sim, pair, transfer)
-    sim.kernel.at(sim.kernel.now + sim.options.detect_s, lambda _: _tell(sim, cluster, region, window))
+    _at(sim, sim.kernel.now + sim.options.detect_s, course if course.endless else None, lambda: _tell(sim, course))
     if _going(sim):
-        _next_change(sim, cluster, region, changes, window)
+        _next_change(sim, course)
 
 
-def _tell(sim: "Simulation", cluster: int, region: int, window: float) -> None:
+def _tell(sim: "Simulation", course: _Course) -> None:
     """The router's view follows; a cluster that no link reaches is not healthy."""
+    cluster, region = course.cluster, course.region
     pair = sim.pairs[cluster][region]
     assert pair is not None  # schedule() found the link
     sim.view_links.bytes_per_s[cluster, region] = pair.capacity
-    sim.view_links.transfer_bytes_per_s[cluster, region] = min(pair.capacity, window)
+    sim.view_links.transfer_bytes_per_s[cluster, region] = min(pair.capacity, course.window)
     refresh_health(sim)
     _unpark(sim)
+    if course.endless:
+        sim.vain[course] += 1
 
 
 def watch(sim: "Simulation", pair: Pair, transfer: Transfer) -> None:
@@ -90,13 +106,32 @@ def watch(sim: "Simulation", pair: Pair, transfer: Transfer) -> None:
     sim.kernel.at(sim.kernel.now + sim.options.stall_s, give_up)
 
 
+def _at(sim: "Simulation", time: float, endless: object | None, handler: Callable[[], None]) -> None:
+    """Puts a turn on the clock; `endless` is what it belongs to, where that does not end by itself: `_going` has to end it."""
+    if endless is None or time == math.inf:
+        sim.kernel.at(time, lambda _: handler())
+        return
+
+    def turn(_: object) -> None:
+        sim.turns -= 1
+        handler()
+
+    sim.turns += 1
+    sim.vain.setdefault(endless, 0)
+    sim.kernel.at(time, turn)
+
+
 def _going(sim: "Simulation") -> bool:
-    """Whether changes and controllers go on: not when all requests are over, nor when they cannot help those that are parked."""
-    if sim.left or len(sim.jobs) > len(sim.parked):
-        sim.idle_turns = 0
+    """Whether changes and controllers go on: while requests are to come or under way, and while those that are parked may yet be taken.
+
+    They wait for everything that ends by itself (repairs, conversions, the last of given steps), then for `IDLE_TURNS` of what does not.
+    """
+    if not (sim.left or sim.jobs):
+        return False
+    if sim.left or len(sim.jobs) > len(sim.parked) or sim.kernel.pending > sim.turns:
+        sim.vain = dict.fromkeys(sim.vain, 0)
         return True
-    sim.idle_turns += 1
-    return bool(sim.jobs) and sim.idle_turns <= IDLE_TURNS
+    return min(sim.vain.values(), default=0) < IDLE_TURNS
 
 
 # --- instances ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +143,8 @@ def _fail(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: obje
         return
     pool = _pool(instance)
     lost = [task.owner for task in instance.fail()]
+    if instance in pool.instances:  # it has not changed its role
+        lost += [job for job in sim.jobs.values() if job.source is instance and not _gone(job)]
     pool.refresh()
     _forget(sim)
     for job in lost:
@@ -121,6 +158,11 @@ def _fail(sim: "Simulation", instance: PrefillInstance | DecodeInstance, _: obje
                 sim.retry(task.owner)
 
     sim.kernel.at(sim.kernel.now + sim.options.detect_s, known)
+
+
+def _gone(job: Job) -> bool:
+    """Whether the last byte of its KV has left the prefill instance, and is at most on its way."""
+    return job.transfer is not None and job.transfer.closed and not job.transfer.active
 
 
 def _forget(sim: "Simulation") -> None:
@@ -185,9 +227,15 @@ def _unpark(sim: "Simulation") -> None:
 # --- controllers -------------------------------------------------------------------------------------------------------------------
 
 
-def control(sim: "Simulation") -> None:
+def await_control(sim: "Simulation") -> None:
+    """Puts the controller's next turn on the clock."""
+    _at(sim, sim.kernel.now + sim.options.control_s, "controller", lambda: _control(sim))
+
+
+def _control(sim: "Simulation") -> None:
     """One period of the controller; it ends with the requests."""
     assert sim.controller is not None  # who schedules this has one
+    sim.vain["controller"] += 1
     for action in sim.controller.update(sim.view, sim.kernel.now):
         if isinstance(action, UsePolicy):
             sim.policy = action.policy
@@ -196,7 +244,7 @@ def control(sim: "Simulation") -> None:
         else:
             raise InvalidInput("action", action, "UsePolicy or Convert")
     if _going(sim):
-        sim.kernel.at(sim.kernel.now + sim.options.control_s, control, sim)
+        await_control(sim)
 
 
 def _convert(sim: "Simulation", action: Convert) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from prfaas_jax.simulation.decode import DecodeTask
 from prfaas_jax.simulation.links import Pair, Transfer
-from prfaas_jax.simulation.prefill import PrefillTask
+from prfaas_jax.simulation.prefill import PrefillInstance, PrefillTask
 from prfaas_jax.simulation.workloads import Arrival
 
 
@@ -19,7 +19,7 @@ class Job:
     __slots__ = (
         *("arrival", "attempts", "begun_s", "cached", "cluster", "computed_s", "decode", "done_s", "fallbacks", "first_s", "held", "id"),
         *("kv_s", "output", "pair", "path", "pending_bytes", "placed_s", "prefill", "reason", "region", "released", "returned_bytes"),
-        *("sent_bytes", "tokens", "transfer", "unloaded_s", "want_bytes"),
+        *("sent_bytes", "source", "tokens", "transfer", "unloaded_s", "want_bytes"),
     )
 
     def __init__(self, number: int, arrival: Arrival, unloaded_s: float):
@@ -31,6 +31,7 @@ class Job:
         self.region = -1
         self.cached = self.held = 0  # prefix tokens where it is computed, where it is decoded
         self.prefill: PrefillTask | None = None
+        self.source: PrefillInstance | None = None  # which holds the KV until all of it is in the region
         self.transfer: Transfer | None = None
         self.pair: Pair | None = None
         self.decode: DecodeTask | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.batching import MIN_PREFILL_TOKENS, PATIENCE, choose_prefill, prefill_buckets
+from prfaas_jax.scheduling.batching import PATIENCE, choose_prefill, prefill_buckets
 from prfaas_jax.scheduling.profiles import PrefillTime
 from prfaas_jax.simulation.kernel import Kernel
 
@@ -236,9 +236,3 @@ class PrefillInstance:
         self._running = ((task, position - task.start),)
         self._version += 1
         self._kernel.at(max(now, at), self._end, self._version)
-
-
-def check_chunk(chunk: int) -> None:
-    """Raises InvalidInput unless `chunk` is a positive multiple of the smallest prefill bucket."""
-    if chunk < MIN_PREFILL_TOKENS or chunk % MIN_PREFILL_TOKENS:
-        raise InvalidInput("prefill_chunk", chunk, f"a positive multiple of {MIN_PREFILL_TOKENS}")

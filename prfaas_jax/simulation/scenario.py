@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.simulation.prefill import check_chunk
+from prfaas_jax.scheduling.batching import prefill_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,9 @@ class SimOptions:
     warmup: float = 0.05
 
     def __post_init__(self) -> None:
-        check_chunk(self.prefill_chunk)
-        for field in ("prefill_rows", "checkpoint_blocks"):
-            if getattr(self, field) < 1:
-                raise InvalidInput(field, getattr(self, field), "a whole number >= 1")
+        prefill_buckets(self.prefill_chunk, self.prefill_rows)  # refuses what makes none
+        if self.checkpoint_blocks < 1:
+            raise InvalidInput("checkpoint_blocks", self.checkpoint_blocks, "a whole number >= 1")
         for field in ("prefill_cache_bytes", "decode_cache_bytes", "detect_s", "convert_s", "slo_base_s"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InvalidInput(field, getattr(self, field), "a finite number >= 0")
@@ -107,7 +106,7 @@ Part = Literal["prefill", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Outage:
-    """One instance is gone from `start_s` on for `seconds` (infinite: for good); what it computed and held is lost.
+    """One instance is gone from `start_s` on for `seconds` (infinite: for good); what it held is lost, KV that has not left it too.
 
     `part` says which of a cluster's instances: "prefill" or "decode"; `index` counts them, as the topology has them, from 0. One that has
     changed its role by then is spared. The prefix cache of a cluster is lost with the last of its instances.

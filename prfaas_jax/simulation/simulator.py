@@ -86,7 +86,8 @@ class Simulation:
         self.jobs: dict[int, Job] = {}  # in the system
         self.parked: list[Job] = []  # nothing can take them now
         self.down: dict[object, int] = {}  # instances: outages under way
-        self.idle_turns = 0
+        self.turns = 0  # events to come of what is endless: waves, the controller
+        self.vain: dict[object, int] = {}  # their turns since there was last hope for what is parked
         disturbances.refresh_health(self)
         disturbances.schedule(self, dict(links or {}), outages)
 
@@ -117,7 +118,7 @@ class Simulation:
         self.left = math.inf if requests is None else requests
         self._await_next()
         if self.controller is not None:
-            self.kernel.at(self.options.control_s, disturbances.control, self)
+            disturbances.await_control(self)
         self.kernel.run(until_s)
         if self.jobs and not self.kernel.pending:
             raise NoDecodeServer(f"{len(self.jobs)} requests are left at {self.kernel.now:.1f} s and nothing will take them")
@@ -199,10 +200,11 @@ class Simulation:
         return not self.decode[region].alive and not self.view.decode.healthy[region]
 
     def _open(self, cluster: int, region: int) -> bool:
-        """Whether the path (-1: local) has an instance that takes prompts, and a link, up or down."""
+        """Whether the path (-1: local) has an instance that takes prompts, and a link that is not down, as far as the router knows."""
         if cluster < 0:
             return self.local[region].alive
-        return self.prefill[cluster].alive and self.pairs[cluster][region] is not None
+        pair = self.pairs[cluster][region]
+        return self.prefill[cluster].alive and pair is not None and bool(pair.capacity or self.view_links.bytes_per_s[cluster, region])
 
     def _matches(self, job: Job) -> tuple[Held, Held]:
         """Cached prefix in tokens, per prefill cluster and per region."""
@@ -280,6 +282,7 @@ class Simulation:
         now, cluster = self.kernel.now, job.cluster
         job.begun_s, job.computed_s, job.prefill = task.begun_s, now, None
         assert task.instance is not None  # it has run
+        job.source = task.instance
         task.instance.cluster.note()
         if cluster >= 0:
             self.view.prefill.queue[cluster] -= 1
@@ -327,7 +330,7 @@ class Simulation:
     def _commit(self, job: Job) -> None:
         """All KV is in the region."""
         region = job.region
-        job.kv_s = self.kernel.now
+        job.kv_s, job.source = self.kernel.now, None
         if self._known_dead(region):
             self.retry(job)
             return
@@ -386,6 +389,6 @@ class Simulation:
             streamed = min(disturbances.take_from_decode(self, job.decode), max(0, self._longest - job.tokens))
             job.tokens, job.output = job.tokens + streamed, job.output - streamed
         self.view.decode.queue[job.region] -= 1
-        job.prefill = job.transfer = job.pair = job.decode = None
+        job.prefill = job.source = job.transfer = job.pair = job.decode = None
         job.computed_s = job.kv_s = math.nan
         self.place(job)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("threshold", "n_prefill_local", "n_decode", "lambda_max", "gain_over_homogeneous", "gain_over_naive", "gain_over_length_blind"),
-    *("gain_over_equal_cost", "egress_gbps", "bottleneck", "worth_it"),
+    *("gain_over_equal_cost", "egress_gbps", "bottleneck", "cheapest", "worth_it"),
 }
 
 
@@ -50,7 +50,7 @@ def test_the_paper_case_without_jax(tmp_path):
     assert result["gain_over_equal_cost"] == pytest.approx(1.15, rel=0.01)
     assert result["gain_over_length_blind"] == pytest.approx(3.25 / 3.16, rel=0.01)
     assert result["egress_gbps"] == pytest.approx(13, rel=0.06)
-    assert (result["bottleneck"], result["worth_it"]) == ("prfaas_compute", True)
+    assert (result["bottleneck"], result["worth_it"], result["cheapest"]) == ("prfaas_compute", True, None)
     assert any(line.startswith("yes: 1.16x") for line in text)
 
     names = ["config.json", "env.json", "figure.png", "links.csv", "phases.csv", "summary.json", "systems.csv", "thresholds.csv"]
@@ -76,6 +76,25 @@ def test_a_narrow_link_and_a_bound_profile(tmp_path):
     assert "(bound)" in text and result["gain_over_equal_cost"] > 0 and "cost              24 per hour" in text
     done = run("--workdir=", profile)
     assert done.returncode == 2 and "compiled, not run" in done.stderr
+
+
+def test_the_cheapest_system_for_a_rate():
+    result, text = plan("--config.rate=2.5")
+    roles = {"n_prfaas": 3, "n_prefill_local": 3, "n_decode": 4}
+    assert result["cheapest"] == roles | {"cost_per_hour": 13.0, "lambda_max": pytest.approx(2.576, abs=1e-3)}
+    assert "\ncheapest          3 PrfaaS + 3 / 4 for 2.5 requests/s: 13 per hour, sustains 2.576" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--config.rate=9.9"], "none of up to 8 PrfaaS and 16 PD instances sustains 9.9 requests/s"),
+        (["--config.rate=2.5", "--config.n_pd=40"], "not searched: up to 8 PrfaaS and 80 PD instances make more than 256"),
+    ],
+)
+def test_no_cheapest_system(flags, line):
+    result, text = plan(*flags)
+    assert result["cheapest"] is None and f"\ncheapest          {line}" in text
 
 
 def test_a_trace(tmp_path):

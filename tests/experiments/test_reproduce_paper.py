@@ -25,11 +25,17 @@ def test_every_printed_number(tmp_path):
     done = run(f"--only={sections}", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     *text, headline = done.stdout.splitlines()
-    assert json.loads(headline) == {"checks": 91, "failed": []}
+    expected = {"checks": 91, "by_kind": {"printed": 13, "circular": 60, "extension": 18}, "failed": []}
+    assert json.loads(headline) == expected
     assert not [line for line in text if "FAIL" in line] and sum("PASS" in line for line in text) == 91
     with (tmp_path / "checks.csv").open() as file:
         checks = list(csv.DictReader(file))
     assert {c["section"] for c in checks} == {"table1", "table3", "table5", "table6", "sizing", "beyond"}
+    kinds = {name: {c["kind"] for c in checks if c["section"] == name} for name in ("table3", "table5", "sizing")}
+    assert kinds == {name: {"circular"} for name in ("table3", "table5", "sizing")}, "made of the very numbers"
+    independent = [c["what"] for c in checks if c["section"] == "table6" and c["kind"] == "printed"]
+    assert len(independent) == 7 and "threshold, tokens" in independent
+    assert sum(" printed " in line or " circular " in line or " extension " in line for line in text if "PASS" in line) == 91
     loose = [c["what"] for c in checks if float(c["tolerance"]) > 0.01]
     assert all(what.startswith(("T_prefill", "Phi_kv", "egress")) for what in loose)
     egress = next(c for c in checks if c["what"] == "egress, Gbps")
@@ -39,14 +45,14 @@ def test_every_printed_number(tmp_path):
     with (tmp_path / "figure5.csv").open() as file:
         best = max(csv.DictReader(file), key=lambda row: float(row["lambda_max"]))
     assert int(best["n_p"]) == 3 and abs(float(best["t"]) - 19_400) <= 500
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"checks": 91, "failed": []}
+    assert json.loads((tmp_path / "summary.json").read_text()) == expected
 
 
 def test_queues_of_a_few_requests(tmp_path):
     """Too few for the tail near saturation: only that they run, say so and fail honestly."""
     done = run("--only=queues", "--requests=300", "--seeds=1", f"--workdir={tmp_path}")
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["checks"] == 6 and done.returncode == bool(result["failed"])
+    assert result["checks"] == result["by_kind"]["extension"] == 6 and done.returncode == bool(result["failed"])
     with (tmp_path / "queues.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 and all(float(row["ttft_p90_s"]) > 0 for row in rows)
@@ -63,15 +69,15 @@ def test_bad_flags_are_refused(flags, message):
 @pytest.mark.parametrize(
     ("check", "ok"),
     [
-        (Check("s", "w", 100.0, 100.9), True),
-        (Check("s", "w", 100.0, 101.1), False),
-        (Check("s", "w", 100.0, 98.9), False),
-        (Check("s", "w", 100.0, 104.0, absolute=5.0), True),
-        (Check("s", "w", 100.0, 100.1, 0.0), False),
-        (Check("s", "w", 0.0, 0.0, 0.0), True),
-        (Check("s", "w", 100.0, float("nan")), False),
-        (Check("s", "w", "3 / 5", "3 / 5"), True),
-        (Check("s", "w", "3 / 5", "4 / 4"), False),
+        (Check("s", "printed", "w", 100.0, 100.9), True),
+        (Check("s", "printed", "w", 100.0, 101.1), False),
+        (Check("s", "printed", "w", 100.0, 98.9), False),
+        (Check("s", "printed", "w", 100.0, 104.0, absolute=5.0), True),
+        (Check("s", "printed", "w", 100.0, 100.1, 0.0), False),
+        (Check("s", "printed", "w", 0.0, 0.0, 0.0), True),
+        (Check("s", "printed", "w", 100.0, float("nan")), False),
+        (Check("s", "printed", "w", "3 / 5", "3 / 5"), True),
+        (Check("s", "printed", "w", "3 / 5", "4 / 4"), False),
     ],
 )
 def test_checks_can_fail(check, ok):

@@ -398,3 +398,10 @@ def test_views_that_lack_what_a_controller_reads_are_refused(make, view):
     with pytest.raises(InvalidInput) as error:
         controller.update(view, 100.0)
     assert error.value.field.startswith("view")
+
+
+def test_the_papers_controller_refuses_a_view_of_several_clusters():
+    cluster = dataclasses.replace(TOPOLOGY.prefill[0], name="more")
+    several = dataclasses.replace(TOPOLOGY, prefill=(*TOPOLOGY.prefill, cluster), links=(*TOPOLOGY.links, Link("more", NEAR, GBPS)))
+    with pytest.raises(InvalidInput, match=r"view.links=\(2, 1\): expected \(1, 1\): one prefill cluster and one region"):
+        threshold_controller().update(idle_view(several), 100.0)

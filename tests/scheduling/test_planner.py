@@ -17,7 +17,7 @@ from prfaas_jax.scheduling.planner import (
     advise,
     best_roles,
     bottleneck,
-    cheapest,
+    case_of,
     equal_cost_instances,
     grid,
     homogeneous,
@@ -27,7 +27,6 @@ from prfaas_jax.scheduling.planner import (
     plan_at,
     roll_out,
     topology_of,
-    with_counts,
 )
 from prfaas_jax.scheduling.topology import GBPS, Link, Region
 
@@ -213,17 +212,17 @@ def test_best_roles_of_two_regions():
         best_roles(dataclasses.replace(one, prefill=(), regions=many, links=()), mix)
 
 
-def test_the_cheapest_system_for_a_rate():
-    topology, mix = topology_of(PAPER, 0), PAPER_MIX.binned(16)
-    found = cheapest(topology, mix, 1.5, {"prfaas": 3, "pd": 6})
-    assert found is not None and found[1].lambda_max >= 1.5
-    for counts in itertools.product(range(1, 4), range(1, 7)):
-        other = with_counts(topology, dict(zip(("prfaas", "pd"), counts, strict=True)))
-        if other.cost_per_hour < found[0].cost_per_hour:
-            assert best_roles(other, mix)[1].lambda_max < 1.5
-    assert cheapest(topology, mix, 50.0, {"prfaas": 2, "pd": 2}) is None
-    with pytest.raises(InvalidInput, match="most"):
-        cheapest(topology, mix, 1.0, {"prfaas": 2})
+def test_a_case_of_a_topology_makes_that_topology():
+    far = dataclasses.replace(PAPER, rtt_s=0.06, window_bytes=2.0**26)
+    for case in (PAPER, far):
+        for n_p in (0, 3):
+            topology = topology_of(case, n_p)
+            assert case_of(topology) == case and topology_of(case_of(topology), n_p) == topology
+    alone = topology_of(dataclasses.replace(PAPER, n_prfaas=0), 3)
+    twice = dataclasses.replace(topology, prefill=(*topology.prefill, dataclasses.replace(topology.prefill[0], name="more")))
+    for other in (alone, twice):
+        with pytest.raises(InvalidInput, match="a topology of one prefill cluster and one region"):
+            case_of(other)
 
 
 def test_there_must_be_something_to_plan():

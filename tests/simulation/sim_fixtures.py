@@ -80,7 +80,7 @@ def check_finished(sim: Simulation, jobs: list[Job]) -> None:
         assert a.time_s <= job.first_s <= job.done_s <= sim.last_s
         assert job.tokens + job.output == a.tokens + a.output_tokens and job.output >= 1
         assert job.tokens == a.tokens or job.fallbacks
-        assert job.prefill is None and job.decode is None and job.transfer is None and job.pending_bytes == 0
+        assert job.prefill is None and job.source is None and job.decode is None and job.transfer is None and job.pending_bytes == 0
         row = job.row(sim.clusters, sim.regions)
         parts = [row[f"{part}_s"] for part in ("before", "queue", "prefill", "transfer", "admit")]
         assert min(parts) >= -1e-9 and sum(parts) == pytest.approx(row["ttft_s"], abs=1e-9)

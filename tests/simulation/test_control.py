@@ -3,15 +3,15 @@
 import dataclasses
 
 import pytest
-from sim_fixtures import H20, PAPER, check_finished
+from sim_fixtures import PAPER, check_finished
 
 from prfaas_jax.scheduling.controllers import Both, PriceController, RoleController, ThresholdController
 from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.optimum import optimum
+from prfaas_jax.scheduling.planner import case_of
 from prfaas_jax.scheduling.policies import Threshold
 from prfaas_jax.scheduling.predictive import Predictor, ShadowPrice
 from prfaas_jax.scheduling.prices import placement_prices
-from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import GBPS, Topology
 from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.scenario import SimOptions, SquareWave, Steps
@@ -19,7 +19,7 @@ from prfaas_jax.simulation.simulator import Simulation
 from prfaas_jax.simulation.workloads import Poisson, Synthetic
 
 LENGTHS = LogNormalLengths()
-CASE = CaseStudy(PAPER.kv, PAPER.prefill[0].instance, H20, 4, 8, 100 * GBPS, 800 * GBPS)
+CASE = case_of(PAPER)
 
 
 def run(topology: Topology, controller, rate: float, output: int, requests: int, **disturbances) -> tuple[float, Simulation]:

@@ -2,7 +2,6 @@ import dataclasses
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,8 @@ from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, LengthBlin
 from prfaas_jax.scheduling.profiles import prefill_s
 from prfaas_jax.scheduling.topology import GBPS, Region, Topology
 from prfaas_jax.scheduling.view import NoDecodeServer
-from prfaas_jax.simulation.scenario import Outage, SimOptions, SquareWave, Steps, random_outages
+from prfaas_jax.simulation.disturbances import IDLE_TURNS
+from prfaas_jax.simulation.scenario import Outage, SimOptions, SquareWave, Steps
 from prfaas_jax.simulation.simulator import Simulation
 from prfaas_jax.simulation.workloads import Arrival, Poisson, Sessions, Synthetic
 
@@ -95,6 +95,31 @@ def test_a_prefill_that_dies_is_computed_again_from_the_start():
     assert job.sent_bytes > KV.bytes(60_000) and job.sent_bytes == pytest.approx(sim.pairs[0][0].moved), "chunks that were sent in vain"
 
 
+@pytest.mark.parametrize(
+    ("index", "after_s", "attempts"), [(0, 2.0, 2), (1, 2.0, 1), (0, 100.0, 1)], ids=["its instance", "another", "all has left"]
+)
+def test_kv_that_has_not_left_an_instance_is_lost_with_it(index, after_s, attempts):
+    link = dataclasses.replace(PAPER.links[0], bytes_per_s=GBPS, rtt_s=4.0)
+    whole, prefill = KV.bytes(60_000), prefill_s(PAPER.prefill[0].instance.prefill, 60_000)
+    after_s = min(after_s, whole / GBPS + 1.0)  # a second of the two that the last byte travels
+    gone = Outage("h200", "prefill", index, 1.0 + prefill + after_s, 0.5)
+    topology = dataclasses.replace(PAPER, links=(link,))
+    (job,), sim = simulate(topology, lone(60_000), AlwaysRemote(), SimOptions(overlap=False), outages=[gone])
+    assert (job.attempts, job.fallbacks) == (attempts, attempts - 1)
+    again = after_s + prefill if attempts == 2 else 0.0
+    assert job.kv_s == pytest.approx(1.0 + prefill + again + whole / GBPS + 2.0)
+    assert job.sent_bytes == pytest.approx(whole + (attempts - 1) * 2.0 * GBPS) == pytest.approx(sim.pairs[0][0].moved)
+
+
+def test_kv_on_its_way_inside_a_region_is_lost_with_its_instance():
+    whole, prefill = KV.bytes(60_000), prefill_s(H20.prefill, 60_000)
+    slow = dataclasses.replace(paper(local_bytes_per_s=GBPS), links=())
+    gone = (Outage("pd", "prefill", 0, 1.0 + prefill + 2.0, 0.5), Outage("pd", "prefill", 1, 1.0 + prefill + 1.0, 0.5))
+    (job,), _ = simulate(slow, lone(60_000), AlwaysLocal(), SimOptions(overlap=False), outages=gone)
+    assert job.attempts == 2 and job.computed_s == pytest.approx(1.0 + prefill + 2.0 + prefill)
+    assert job.kv_s == pytest.approx(job.computed_s + whole / GBPS)
+
+
 def test_a_stalled_transfer_is_given_up_after_stall_s_and_counts_from_when_it_stalls():
     link = {("h200", "pd"): Steps(((3.0, DOWN), (100.0, GBPS)))}
     options = SimOptions(overlap=False, stall_s=4.0)
@@ -158,6 +183,64 @@ def test_links_change_until_the_last_request_however_late_it_comes():
     assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / (100 * GBPS))
     jobs, _ = simulate(PAPER, Listed((rows[0], rows[1]._replace(time_s=1060.0))), AlwaysRemote(), SimOptions(overlap=False), links=wave)
     assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / GBPS)
+
+
+def test_links_and_controller_outlive_a_gap_of_thousands_of_periods():
+    rows = (Arrival(0.0, 100, 2), Arrival(50_000.0, 60_000, 2))
+    controller = Script()
+    change = {("h200", "pd"): Steps(((50_001.0, GBPS),))}
+    jobs, sim = simulate(PAPER, Listed(rows), AlwaysRemote(), SimOptions(overlap=False), links=change, controller=controller)
+    assert jobs[1].kv_s - jobs[1].computed_s == pytest.approx(KV.bytes(60_000) / GBPS)
+    assert len(controller.updates) == int(sim.last_s / 5.0) + 1 > 10_000
+
+
+@pytest.mark.parametrize("plan", [SquareWave(GBPS, 40.0), Steps(((5.0, 50 * GBPS), (3000.0, 10 * GBPS), (4010.0, GBPS)))])
+def test_links_and_controller_outlive_an_outage_that_parks_everything(plan):
+    """The last arrival is parked for hundreds of periods; when it is placed at last, t and the link are not those of long ago."""
+    topology, controller = paper(decode=1), Script((3950.0, UsePolicy(AlwaysRemote(), "")))
+    gone = (Outage("pd", "decode", 0, 2.0, 3998.0),)
+    options = SimOptions(overlap=False)
+    (job,), sim = simulate(
+        topology, lone(60_000, at=6.0), AlwaysLocal(), options, links={("h200", "pd"): plan}, outages=gone, controller=controller
+    )
+    assert (job.placed_s, job.cluster) == (4001.0, 0), "by the policy of that time"
+    # The wave is high until 4,020 s and low then; the steps are low from 4,010 s on.
+    high, until = (100 * GBPS, 4020.0) if isinstance(plan, SquareWave) else (10 * GBPS, 4010.0)
+    whole = KV.bytes(60_000)
+    sent = min(whole, high * max(0.0, until - job.computed_s))
+    assert job.kv_s == pytest.approx(job.computed_s + sent / high + (whole - sent) / GBPS)
+    assert controller.updates[-1][0] > sim.last_s > 4000.0
+
+
+ONLY_FAR = paper(prefill=0, decode=8)
+
+
+def test_a_region_that_cannot_prefill_waits_for_its_link_to_come_back():
+    """Parked once the router knows, and not tried again every few seconds."""
+    link = {("h200", "pd"): Steps(((5.0, DOWN), (9000.0, 100 * GBPS)))}
+    rows = (Arrival(1.0, 100, 4), Arrival(5.5, 20_000, 4), Arrival(6.5, 20_000, 4))
+    jobs, sim = simulate(ONLY_FAR, Listed(rows), AlwaysRemote(), links=link)
+    assert [(j.id, j.attempts) for j in jobs] == [(0, 1), (2, 1), (1, 2)] and sim.fallbacks == 1
+    assert jobs[1].placed_s == jobs[2].placed_s == 9001.0
+
+
+def test_a_link_that_never_comes_back_is_reported():
+    for controller in (None, Script()):
+        with pytest.raises(NoDecodeServer, match="1 requests are left"):
+            simulate(ONLY_FAR, lone(at=5.5), AlwaysRemote(), links={("h200", "pd"): Steps(((5.0, DOWN),))}, controller=controller)
+
+
+@pytest.mark.parametrize("detect_s", [1.0, 300.0])
+def test_what_nothing_will_ever_take_is_reported_in_bounded_time(detect_s):
+    sim = Simulation(
+        *(paper(decode=1), lone(at=6.0), AlwaysLocal(), SimOptions(detect_s=detect_s), 0, print),
+        links={("h200", "pd"): SquareWave(GBPS, 1.0)},
+        outages=[Outage("pd", "decode", 0, 2.0, math.inf)],
+        controller=Script(),
+    )
+    with pytest.raises(NoDecodeServer, match="1 requests are left"):
+        sim.run()
+    assert sim.kernel.now < 2 * IDLE_TURNS * sim.options.control_s + 2 * detect_s
 
 
 def test_outages_of_one_instance_may_overlap():
@@ -254,64 +337,4 @@ def test_a_controller_changes_the_policy():
 def test_unknown_actions_are_refused(action, field):
     with pytest.raises(InvalidInput) as caught:
         simulate(PAPER, STEADY, AlwaysLocal(), controller=Script((5.0, action)))
-    assert caught.value.field == field
-
-
-# --- scenarios ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_square_wave_begins_high():
-    changes = SquareWave(1.0, 10.0).changes(9.0)
-    assert list(itertools.islice(changes, 4)) == [(5.0, 1.0), (10.0, 9.0), (15.0, 1.0), (20.0, 9.0)]
-
-
-def test_random_outages_have_their_means_and_do_not_overlap():
-    targets = [("a", "prefill", 0), ("x", "decode", 1)]
-    fails = random_outages(targets, 100.0, 10.0, 1e5, np.random.default_rng(0))
-    assert [f.start_s for f in fails] == sorted(f.start_s for f in fails) and fails[-1].start_s < 1e5
-    assert np.mean([f.seconds for f in fails]) == pytest.approx(10.0, rel=0.1)
-    for target in targets:
-        ours = [f for f in fails if (f.cluster, f.part, f.index) == target]
-        assert len(ours) == pytest.approx(1e5 / 110.0, rel=0.1)
-        assert all(a.start_s + a.seconds < b.start_s for a, b in itertools.pairwise(ours))
-    assert fails == random_outages(targets, 100.0, 10.0, 1e5, np.random.default_rng(0))
-
-
-RNG = np.random.default_rng(0)
-
-
-@pytest.mark.parametrize(
-    ("call", "field"),
-    [
-        (lambda: SquareWave(-1.0, 1.0), "square_wave.low"),
-        (lambda: SquareWave(math.inf, 1.0), "square_wave.low"),
-        (lambda: SquareWave(1.0, 0.0), "square_wave.period_s"),
-        (lambda: SquareWave(1.0, math.inf), "square_wave.period_s"),
-        (lambda: Steps(((2.0, 1.0), (1.0, 1.0))), "steps"),
-        (lambda: Steps(((1.0, 1.0), (1.0, 2.0))), "steps"),
-        (lambda: Steps(((-1.0, 1.0),)), "steps"),
-        (lambda: Steps(((math.nan, 1.0),)), "steps"),
-        (lambda: Steps(((1.0, -1.0),)), "steps"),
-        (lambda: Steps(((1.0, math.inf),)), "steps"),
-        (lambda: Outage("a", "both", 0, 1.0, 1.0), "outage.part"),
-        (lambda: Outage("a", "prefill", 0, -1.0, 1.0), "outage"),
-        (lambda: Outage("a", "prefill", 0, math.inf, 1.0), "outage"),
-        (lambda: Outage("a", "prefill", 0, 1.0, 0.0), "outage"),
-        (lambda: random_outages([], 0.0, 1.0, 1.0, RNG), "mtbf_s"),
-        (lambda: random_outages([], 1.0, -1.0, 1.0, RNG), "mttr_s"),
-        (lambda: random_outages([], 1.0, 1.0, math.inf, RNG), "until_s"),
-        *((lambda o=o: Simulation(PAPER, MANY, AlwaysLocal(), SimOptions(), 0, print, outages=[o]), "outage") for o in (
-            Outage("moon", "decode", 0, 1.0, 1.0), Outage("pd", "decode", 5, 1.0, 1.0), Outage("pd", "decode", -1, 1.0, 1.0),
-            Outage("h200", "decode", 0, 1.0, 1.0),
-        )),
-        *((lambda f=f, v=v: SimOptions(**{f: v}), f) for f, v in (
-            ("prefill_chunk", 100), ("prefill_chunk", 0), ("prefill_rows", 0), ("checkpoint_blocks", 0), ("prefill_cache_bytes", -1.0),
-            ("decode_cache_bytes", math.nan), ("stall_s", 0.0), ("detect_s", -1.0), ("detect_s", math.inf), ("convert_s", -1.0),
-            ("control_s", 0.0), ("slo_scale", 0.0), ("slo_base_s", -0.1), ("slo_tpot_s", 0.0), ("warmup", 1.0), ("warmup", -0.1),
-        )),
-    ],
-)  # fmt: skip
-def test_bad_input_names_the_field(call, field):
-    with pytest.raises(InvalidInput) as caught:
-        call()
     assert caught.value.field == field

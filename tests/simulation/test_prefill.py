@@ -9,7 +9,7 @@ from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill, prefill_
 from prfaas_jax.scheduling.profiles import FittedPrefill, MeasuredPrefill, prefill_s
 from prfaas_jax.simulation import prefill
 from prfaas_jax.simulation.kernel import Kernel
-from prfaas_jax.simulation.prefill import PrefillInstance, PrefillTask, check_chunk
+from prfaas_jax.simulation.prefill import PrefillInstance, PrefillTask
 
 CHUNK = 256
 TIME = FittedPrefill(0.05, 10.0, 3.0, max_tokens=4096)
@@ -211,8 +211,6 @@ def test_a_draining_instance_says_so_when_it_is_up_and_empty(fails):
         (lambda: PrefillTask(0, -1, 5, print), "prefill start"),
         (lambda: PrefillInstance(Kernel(), TIME, CHUNK, 1).submit(PrefillTask(0, 0, 4097, print)), "prompt"),
         (lambda: PrefillInstance(Kernel(), TIME, 100, 1), "prefill_chunk"),
-        (lambda: check_chunk(0), "prefill_chunk"),
-        (lambda: check_chunk(65), "prefill_chunk"),
     ],
 )
 def test_bad_input_names_the_field(call, field):
