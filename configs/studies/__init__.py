@@ -21,7 +21,8 @@ from prfaas_jax.scheduling.topology import GBPS
 from prfaas_jax.simulation.contenders import CONTENDERS, Ground
 from prfaas_jax.simulation.runs import Run
 from prfaas_jax.simulation.scenario import Outage, Part, SimOptions, SquareWave, random_outages
-from prfaas_jax.simulation.traces import MIX_REQUESTS, open_workload, trace_mix
+from prfaas_jax.simulation.traces import open_workload
+from prfaas_jax.simulation.workload_mix import MIX_REQUESTS, workload_mix
 from prfaas_jax.simulation.workloads import Bursty, GammaArrivals, Poisson, Synthetic, Workload
 
 MIB = 2**20
@@ -77,7 +78,7 @@ def mix_of(config: ConfigDict) -> Mix:
         InvalidInput: lengths that make no mix, or a trace that cannot be read.
     """
     if config.trace:
-        mix = trace_mix(open_workload(config.trace), bins=MIX_REQUESTS)[0]
+        mix = workload_mix(open_workload(config.trace), bins=MIX_REQUESTS)[0]
         far, near = config.sim.prefill_cache_bytes > 0, config.sim.decode_cache_bytes > 0
         return Mix.of(mix.tokens, mix.output, mix.weight, mix.cached_pd * near, mix.cached_pd * far)
     w = config.workload
@@ -95,7 +96,7 @@ def workload_of(config: ConfigDict, rate: float) -> Workload:
     w = config.workload
     if config.trace:
         trace = open_workload(config.trace)
-        return trace.scaled(rate / trace_mix(trace, bins=1)[1])
+        return trace.scaled(rate / workload_mix(trace, bins=1)[1])
     match w.arrivals:
         case "poisson":
             process: Poisson | GammaArrivals | Bursty = Poisson(rate)

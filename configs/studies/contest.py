@@ -6,7 +6,7 @@ python -m experiments.compare_policies --suite=full --config.trace=mooncake_conv
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -16,9 +16,11 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.planner import topology_of
 from prfaas_jax.scheduling.topology import GBPS
+from prfaas_jax.simulation.clusters import prefix_caches
 from prfaas_jax.simulation.contest import Cell, Contest
-from prfaas_jax.simulation.scenario import LinkPlan, SquareWave, Steps
-from prfaas_jax.simulation.traces import open_workload, trace_mix
+from prfaas_jax.simulation.scenario import LinkPlan, SimOptions, SquareWave, Steps
+from prfaas_jax.simulation.traces import open_workload
+from prfaas_jax.simulation.workload_mix import workload_mix
 from prfaas_jax.simulation.workloads import Bursty, Poisson, Sessions, Synthetic, Workload
 
 # (links, workloads) of each suite; smoke is for a look, paper has the paper's own mix only.
@@ -71,8 +73,8 @@ def get_config() -> ConfigDict:
 def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
     """The cells of a suite, links by workloads. Trace cells need `config.trace`; without it there are none.
 
-    A trace is tuned on in its first third and played in the rest, which is what the planner sees too; each seed has a window of its own
-    of the contest's `requests` (they overlap where the file is too short for all).
+    A trace is tuned on in its first third and played in the rest; each seed has a window of its own of the contest's `requests` (they
+    overlap where the file is too short for all), and the windows are what the planner sees too, with caches that begin as the runs' do.
 
     Raises:
         InvalidInput: an unknown suite, what `case_study` refuses, a trace whose first third is shorter than the contest's runs.
@@ -139,8 +141,7 @@ def _sessions(config: ConfigDict, contest: Contest) -> Load:
         system_tokens=s.system_tokens,
         lead_s=s.lead_s,
     )
-    # Of the sessions that are open at first only what comes is seen: few, of this many requests.
-    one = sessions, _held_everywhere(trace_mix(sessions, requests=16_000)[0])
+    one = sessions, _mix(config, sessions, 16_000, (0,))[0]
     return *one, *one, 1.0
 
 
@@ -150,16 +151,18 @@ def _trace(config: ConfigDict, contest: Contest) -> Load:
     third = end // 3
     if requests > third:
         raise InvalidInput("contest.requests", requests, f"at most {third}, a third of {path}, in which the baselines are tuned")
-    mix, rate = trace_mix(open_workload(path, start=third, stop=end), end)
-    first_mix, first_rate = trace_mix(open_workload(path, stop=third), third)
     evaluation = open_workload(path, start=third, stop=end, requests=requests, windows=contest.seeds)
     tuning = open_workload(path, stop=third, requests=requests, windows=contest.tuning_seeds)
-    return evaluation, _held_everywhere(mix), tuning.scaled(rate / first_rate), _held_everywhere(first_mix), rate
+    mix, rate = _mix(config, evaluation, requests, range(contest.seeds))
+    first_mix, first_rate = _mix(config, tuning, requests, range(contest.tuning_seeds))
+    return evaluation, mix, tuning.scaled(rate / first_rate), first_mix, rate
 
 
-def _held_everywhere(mix: Mix) -> Mix:
-    """A session that stays where it is finds its prefix there; the planner counts on that on either side."""
-    return Mix.of(mix.tokens, mix.output, mix.weight, mix.cached_pd, mix.cached_pd)
+def _mix(config: ConfigDict, workload: Workload, requests: int, seeds: Sequence[int]) -> tuple[Mix, float]:
+    """Mix and rate of runs with these seeds. A session that stays where it is finds its prefix there: on either side, for the planner."""
+    options, topology = SimOptions(**config.sim.to_dict()), topology_of(case_study(config), 1)
+    mix, rate = workload_mix(workload, requests, seeds=seeds, cache=lambda seed: prefix_caches(topology, options, workload, seed)[1][0])
+    return Mix.of(mix.tokens, mix.output, mix.weight, mix.cached_pd, mix.cached_pd), rate
 
 
 _WORKLOADS: dict[str, Callable[[ConfigDict, Contest], Load]] = {

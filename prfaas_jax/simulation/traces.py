@@ -1,4 +1,4 @@
-"""Recorded workloads: Mooncake JSONL and Azure CSV files, streamed, and the request mix of any workload."""
+"""Recorded workloads: Mooncake JSONL and Azure CSV files, streamed."""
 
 import codecs
 import contextlib
@@ -21,12 +21,7 @@ import msgspec
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.simulation.workloads import Arrival, Workload, check_cap, generators, require, require_count, require_positive
-
-# Arrivals that stand for an endless workload, and rows that stand for a long one.
-MIX_REQUESTS = 100_000
-MIX_BINS = 4096
 
 # Lines in which the tick of a trace is looked for.
 TICK_LINES = 1000
@@ -232,40 +227,6 @@ def open_workload(path: str | os.PathLike[str], **options: Any) -> Workload:
     for name, value in options.items():
         require(name in known, f"trace.{name}", value, f"an option of {reader.__name__}: {', '.join(known)}")
     return reader(path, **options)
-
-
-def trace_mix(workload: Workload, requests: int | None = None, bins: int = MIX_BINS) -> tuple[Mix, float]:
-    """The planner's view of a workload: its request mix, in at most `bins` rows, and its mean request rate per second.
-
-    `cached_pd` is what a cache without end would hold: the leading blocks that an earlier prompt had, less than the whole prompt.
-    Sessions count from the first arrival on, so take enough `requests` for those to end that were open then, or had just begun.
-
-    Args:
-        workload: played with seed 0.
-        requests: how many arrivals to look at; None for all, at most 100,000.
-        bins: rows of the mix.
-
-    Raises:
-        InvalidInput: counts below 1, fewer than two arrivals, or all of them at one time; what the workload raises.
-    """
-    check_cap("requests", requests)
-    require_count("bins", bins)
-    tokens: list[int] = []
-    outputs: list[int] = []
-    cached: list[int] = []
-    seen: set[int] = set()
-    begin = end = 0.0
-    for arrival in itertools.islice(workload.arrivals(0), requests or MIX_REQUESTS):
-        end = arrival.time_s
-        begin = begin if tokens else end
-        blocks = arrival.blocks
-        hit = next((i for i, block in enumerate(blocks) if block not in seen), len(blocks))
-        seen.update(blocks[hit:])
-        tokens.append(arrival.tokens)
-        outputs.append(arrival.output_tokens)
-        cached.append(min(hit * workload.block_tokens, arrival.tokens - 1))
-    require(end > begin, "workload", f"{len(tokens)} arrivals in {end - begin} s", "at least two arrivals, not all at one time")
-    return Mix.of(np.array(tokens), np.array(outputs), cached_pd=np.array(cached)).binned(bins), (len(tokens) - 1) / (end - begin)
 
 
 def _check_trace(trace: MooncakeTrace | AzureTrace) -> None:

@@ -15,7 +15,7 @@ from prfaas_jax.simulation.contenders import CONTENDERS, Ground
 from prfaas_jax.simulation.contest import OURS, ROLES, Contest, Tuned, Verdict, equal_cost, parameters, plan_cell, sustained
 from prfaas_jax.simulation.runs import Estimate, Run, prepare
 from prfaas_jax.simulation.scenario import SimOptions, SquareWave, Steps
-from prfaas_jax.simulation.traces import trace_mix
+from prfaas_jax.simulation.workload_mix import workload_mix
 
 CONFIG = study.get_config()
 CONFIG.sessions.lead_s = 150.0  # shorter than the study's, for speed
@@ -249,7 +249,7 @@ def test_a_trace_is_tuned_on_in_its_first_third_and_played_in_the_rest(trace):
     assert all(len(list(cell.workload.arrivals(seed))) == 50 for seed in (2000, 2003))
     assert cell.rate == pytest.approx(1.0, rel=0.02) and cell.mix.mean(cell.mix.output) == pytest.approx(200.5)
     whole = dataclasses.replace(cell.tuning, requests=None, windows=1)
-    mix, rate = trace_mix(whole)
+    mix, rate = workload_mix(whole)
     assert rate == pytest.approx(cell.rate, rel=0.03) and cell.tuning_mix.mean(cell.tuning_mix.output) == mix.mean(mix.output) == 50.5
 
 

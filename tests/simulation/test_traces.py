@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import LogNormalLengths
-from prfaas_jax.simulation.traces import AzureTrace, MooncakeTrace, open_workload, trace_mix
+from prfaas_jax.simulation.traces import AzureTrace, MooncakeTrace, open_workload
+from prfaas_jax.simulation.workload_mix import workload_mix
 from prfaas_jax.simulation.workloads import Arrival, Poisson, Sessions, Synthetic
 
 TRACES = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
@@ -324,21 +325,21 @@ def test_the_mix_of_a_trace_counts_what_an_endless_cache_would_hold(mooncake):
     lines = [
         line(0, 1100, 10, [0, 1, 2]),
         line(1000, 1600, 20, [0, 1, 3, 4]),  # two blocks seen
-        line(2000, 1100, 30, [0, 1, 2]),  # the same prompt again: all but one token
+        line(2000, 1100, 30, [0, 1, 2]),  # the same prompt again: its whole blocks
         line(4000, 100, 40, [9]),
     ]
-    mix, rate = trace_mix(mooncake(lines, jitter=False))
+    mix, rate = workload_mix(mooncake(lines, jitter=False))
     assert rate == pytest.approx(3 / 4)
     order = np.argsort(mix.tokens * 100 + mix.output)
     assert mix.tokens[order].tolist() == [100, 1100, 1100, 1600]
     assert mix.output[order].tolist() == [40, 10, 30, 20]
-    assert mix.cached_pd[order].tolist() == [0, 0, 1099, 1024]
+    assert mix.cached_pd[order].tolist() == [0, 0, 1024, 1024]
     assert mix.weight.tolist() == [0.25] * 4 and not mix.cached_prfaas.any()
 
 
 def test_the_mix_of_a_distribution_is_its_distribution():
     lengths = LogNormalLengths()
-    mix, rate = trace_mix(Synthetic(Poisson(2.5), lengths, 1024), requests=40_000, bins=1000)
+    mix, rate = workload_mix(Synthetic(Poisson(2.5), lengths, 1024), requests=40_000, bins=1000)
     assert len(mix.tokens) == 1000 and not mix.cached_pd.any()
     assert rate == pytest.approx(2.5, rel=0.03)
     assert mix.mean(mix.tokens) == pytest.approx(27_486, rel=0.03)
@@ -348,7 +349,7 @@ def test_the_mix_of_a_distribution_is_its_distribution():
 def test_the_mix_of_sessions_has_prefixes():
     growth = LogNormalLengths(6.0, 0.5, 16, 4096)
     workload = Sessions(Poisson(10.0), LogNormalLengths(8.0, 0.5, 512, 16_384), growth, 100, mean_turns=6.0, think_s=5.0, block_tokens=64)
-    mix, rate = trace_mix(workload, requests=20_000)
+    mix, rate = workload_mix(workload, requests=20_000)
     assert rate == pytest.approx(10, rel=0.05)
     # What is new in a later turn: the answer, the added tokens and part of a block.
     assert 500 < mix.mean(mix.uncached) < mix.mean(mix.tokens) / 3
@@ -356,11 +357,11 @@ def test_the_mix_of_sessions_has_prefixes():
 
 def test_a_mix_needs_time_to_pass(mooncake):
     with pytest.raises(InvalidInput, match=r"workload='1 arrivals in 0.0 s': expected at least two arrivals"):
-        trace_mix(mooncake([line()]))
+        workload_mix(mooncake([line()]))
     with pytest.raises(InvalidInput, match="bins=0"):
-        trace_mix(mooncake(THREE_TICKS), bins=0)
+        workload_mix(mooncake(THREE_TICKS), bins=0)
     with pytest.raises(InvalidInput, match="requests=0"):
-        trace_mix(mooncake(THREE_TICKS), requests=0)
+        workload_mix(mooncake(THREE_TICKS), requests=0)
 
 
 @recorded(MOONCAKE)
@@ -384,7 +385,7 @@ def test_the_conversation_trace():
 
 @recorded(MOONCAKE)
 def test_the_mix_of_the_conversation_trace():
-    mix, rate = trace_mix(MooncakeTrace(MOONCAKE))
+    mix, rate = workload_mix(MooncakeTrace(MOONCAKE))
     assert rate == pytest.approx(3.4, rel=0.01)
     assert mix.mean(mix.tokens) == pytest.approx(12_035, rel=0.001)
     assert mix.mean(mix.output) == pytest.approx(343, rel=0.002)

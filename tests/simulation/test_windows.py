@@ -7,7 +7,8 @@ import json
 import pytest
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.simulation.traces import AzureTrace, MooncakeTrace, open_workload, trace_mix
+from prfaas_jax.simulation.traces import AzureTrace, MooncakeTrace, open_workload
+from prfaas_jax.simulation.workload_mix import workload_mix
 
 LINES = 60
 
@@ -74,7 +75,7 @@ def test_a_window_has_the_jitter_of_its_seed(mooncake):
 
 
 def test_the_mix_of_a_part_has_the_prefixes_of_the_part(mooncake):
-    mix, rate = trace_mix(mooncake(start=30, stop=60, jitter=False))
+    mix, rate = workload_mix(mooncake(start=30, stop=60, jitter=False))
     assert len(mix.tokens) == 30 and rate == pytest.approx(29 / 6)
     assert sorted(mix.cached_pd) == [0.0] + [512.0] * 29, "the first of the part finds nothing"
 
