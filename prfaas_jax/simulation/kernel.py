@@ -24,10 +24,10 @@ class Kernel:
 
     def at(self, time: float, handler: Handler, argument: Any = None) -> None:
         """Calls `handler(argument)` at `time`, which must not lie in the past; infinite times never come."""
-        if not time >= self.now:
-            raise InvalidInput("event time", time, f"a time from now on, {self.now}")
-        if time < math.inf:
+        if self.now <= time < math.inf:
             heappush(self._heap, (time, next(self._order), handler, argument))
+        elif time != math.inf:
+            raise InvalidInput("event time", time, f"a time from now on, {self.now}")
 
     def run(self, until: float = math.inf) -> None:
         """Runs events up to and including those at `until`, or until there are none; `now` ends at `until` if that is finite."""

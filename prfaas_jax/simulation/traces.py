@@ -326,10 +326,10 @@ def _jittered(rows: Iterator[Arrival], tick_s: float, rng: np.random.Generator) 
     group: list[Arrival] = []
     for row in itertools.chain(rows, [Arrival(math.inf, 1, 1)]):
         if group and row.time_s > (start := group[0].time_s):
-            times = start + min(tick_s, row.time_s - start) * np.sort(rng.random(len(group)))
-            for time_s, waiting in zip(times.tolist(), group, strict=True):
-                _, tokens, output, blocks, session = waiting
-                yield Arrival(time_s, tokens, output, blocks, session)
+            drawn, width_s = rng.random(len(group)), min(tick_s, row.time_s - start)
+            drawn.sort()
+            for at, (_, tokens, output, blocks, session) in zip(drawn.tolist(), group, strict=True):
+                yield Arrival(start + width_s * at, tokens, output, blocks, session)
             group = []
         group.append(row)
 

@@ -30,20 +30,19 @@ class Unloaded:
 
     def ttft(self, tokens: int) -> float:
         """Seconds from arrival to the first token; raises InvalidInput for a prompt beyond every profile."""
-        kv, chunk, overlap = self._kv, self._chunk, self._overlap
-        tail, best = tail_bytes(kv, tokens, 0, chunk, overlap), math.inf
+        kv, chunk, best = self._kv, self._chunk, math.inf
+        full = (tokens - 1) // chunk * chunk if self._overlap else 0  # tokens that leave while the last chunk is computed
+        tail = kv.bytes(tokens, full)
         for time, rate in self._local:
             if tokens <= time.max_tokens:
                 best = min(best, time.start_s + time.growth(tokens) + tail / rate)
-        chunks = overlap and tokens > chunk
-        if chunks:
-            whole, full = kv.bytes(tokens), (tokens - 1) // chunk * chunk
         for time, rate, delay_s in self._remote:
             if tokens <= time.max_tokens:
                 sent = time.growth(tokens) + tail / rate
-                if chunks:
+                if full:
                     # A slow link is busy from the first chunk on; or from the last whole one, where the rest is short.
-                    sent = max(sent, time.growth(chunk) + whole / rate, time.growth(full) + kv.bytes(tokens, full - chunk) / rate)
+                    first = time.growth(chunk) + kv.bytes(tokens) / rate
+                    sent = max(sent, first, time.growth(full) + kv.bytes(tokens, full - chunk) / rate)
                 best = min(best, time.start_s + sent + delay_s)
         if best == math.inf:
             raise InvalidInput("prompt", tokens, "a length that some prefill profile covers")
