@@ -22,7 +22,8 @@ from configs.studies.paper_case import get_config
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.scheduling.planner import topology_of
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, CacheHitRule, LengthBlind, PaperPrefix, Reverse, Threshold
-from prfaas_jax.scheduling.predictive import LeastTtft, Predictor, Prices, ShadowPrice
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
 from prfaas_jax.scheduling.topology import Link, PrefillCluster, Region, Topology
 from prfaas_jax.scheduling.view import ClusterView, Links, Load, Policy, Request, Servers
 from prfaas_jax.serving.process import run_main

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+from jaxtyping import Float64
+
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.optimum import Optimum, optimum
 from prfaas_jax.scheduling.predictive import Prices
@@ -47,4 +50,23 @@ def placement_optimum(
     regions = tuple(dataclasses.replace(r, decode=_AMPLE) for r in topology.regions if r.prefill or r.name in reached)
     if not regions:
         return None
-    return optimum(dataclasses.replace(topology, regions=regions, links=links), mix, bins)
+    now = dataclasses.replace(topology, regions=regions, links=links)
+    return optimum(now, after_copies(now, mix), bins)
+
+
+def after_copies(topology: Topology, mix: Mix) -> Mix:
+    """The mix with the prefixes that each side has once the other has sent it, on the fastest link, what takes longer to compute.
+
+    That is what `Predictor` counts on; without links nothing is sent.
+    """
+    link = max(topology.links, key=lambda x: x.transfer_bytes_per_s, default=None)
+    if link is None:
+        return mix
+    deepest = np.maximum(mix.cached_pd, mix.cached_prfaas)
+
+    def held(name: str, own: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        time = next(c.instance.prefill for c in topology.clusters if c.name == name)
+        copy_s = topology.kv.bytes_of(deepest, own) / link.transfer_bytes_per_s + link.rtt_s / 2
+        return np.where(time.growth_of(deepest) - time.growth_of(own) > copy_s, deepest, own)
+
+    return Mix.of(mix.tokens, mix.output, mix.weight, held(link.decode, mix.cached_pd), held(link.prefill, mix.cached_prfaas))

@@ -8,7 +8,8 @@ from prfaas_jax.scheduling.controllers import Both, Controller, PriceController,
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.planner import case_of
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, CacheHitRule, LengthBlind, PaperPrefix, Reverse, Threshold
-from prfaas_jax.scheduling.predictive import LeastTtft, Predictor, ShadowPrice
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import LeastTtft, ShadowPrice
 from prfaas_jax.scheduling.prices import placement_prices
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import Policy

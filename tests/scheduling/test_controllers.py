@@ -24,7 +24,8 @@ from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.optimum import optimum
 from prfaas_jax.scheduling.planner import topology_of
 from prfaas_jax.scheduling.policies import Threshold
-from prfaas_jax.scheduling.predictive import Predictor, Prices, ShadowPrice
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import Prices, ShadowPrice
 from prfaas_jax.scheduling.prices import placement_prices
 from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region
 from prfaas_jax.scheduling.view import ClusterView, Placement, Request

@@ -8,7 +8,10 @@ from systems import idle_view
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.footprint import KvFootprint
-from prfaas_jax.scheduling.predictive import LeastTtft, Predictor, Prices, ShadowPrice
+from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
+from prfaas_jax.scheduling.prices import after_copies
 from prfaas_jax.scheduling.profiles import FittedDecode, FittedPrefill, Instance, MeasuredPrefill, prefill_s
 from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology
 from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Request
@@ -71,14 +74,26 @@ def test_several_profiles_links_and_prefixes_per_row():
     works = [prefill_s(x.prefill, tokens - int(held), int(held)) for x, held in ((SLOW, near[0]), (TABLE, near[1]))]
     assert paths.local_work_s == pytest.approx(works)
     rates = 400 * GBPS, 800 * GBPS
-    assert paths.local_ttft_s == pytest.approx([w + tail(tokens, int(h)) / r for w, h, r in zip(works, near, rates, strict=True)])
+
+    def gain(time, own, other, rate, delay_s):
+        """Seconds that copying the rest of a prefix brings, if any."""
+        return max(0.0, time.growth(other) - time.growth(own) - KV.bytes(other, own) / rate - delay_s) if other > own else 0.0
+
+    # Local paths may copy from q, which holds most; remote ones from their region.
+    gains = [0.0, gain(TABLE.prefill, 4096, 12_000, 80 * GBPS, 0.0)]
+    expected = [w + tail(tokens, int(h)) / r - g for w, h, r, g in zip(works, near, rates, gains, strict=True)]
+    assert paths.local_ttft_s == pytest.approx(expected)
     p, q = prefill_s(FAST.prefill, tokens), prefill_s(TABLE.prefill, 18_000, 12_000)
     assert paths.remote_work_s == pytest.approx([p, q]) and paths.sent == pytest.approx([KV.bytes(tokens, int(h)) for h in near])
+    copied = [[gain(FAST.prefill, 0, 20_000, 40 * GBPS, 0.01), gain(FAST.prefill, 0, 4096, 10 * GBPS, 0.05)], [0.0, 0.0]]
     expected = [
-        [p + tail(tokens, 20_000) / (40 * GBPS) + 0.01, p + tail(tokens, 4096) / (10 * GBPS) + 0.05],
+        [p + tail(tokens, 20_000) / (40 * GBPS) + 0.01 - copied[0][0], p + tail(tokens, 4096) / (10 * GBPS) + 0.05 - copied[0][1]],
         [math.inf, q + tail(tokens, 4096) / (80 * GBPS)],
     ]
     assert paths.remote_ttft_s == pytest.approx(np.array(expected))
+    assert paths.copies.source == 1 and paths.copies.tokens[0].tolist() == [0, 7904 * (gains[1] > 0)]
+    assert paths.copies.tokens[1:].tolist() == [[20_000 * (copied[0][0] > 0), 4096 * (copied[0][1] > 0)], [0, 0]]
+    assert max(gains) > 0 and max(copied[0]) > 0
 
 
 @pytest.mark.parametrize("held", [0, 5000, 8192, 19_999])
@@ -369,3 +384,42 @@ def test_bad_constants_are_refused(field, value):
     with pytest.raises(InvalidInput) as error:
         shadow(CHEAP_FAR, **{field: value})
     assert error.value.field == f"shadow_price.{field}"
+
+
+# --- prefixes that are copied --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [LeastTtft, lambda p: ShadowPrice(p, Prices({"p": 1.0, "d": 1.0}, {}))])
+def test_a_prefix_is_copied_where_that_is_faster_than_computing_it(make):
+    """The region holds the prefix; the prefill cluster is far faster at the rest."""
+    view = idle_view(ONE)
+    got = make(Predictor(ONE, CHUNK)).place(Request(90_000, 9, 0, 40_960), view, 0.0)
+    assert (got.prefill, got.copied_tokens) == ("p", 40_960) and got.reason.endswith("40960 tokens copied")
+    view.links.bytes_per_s[:] = view.links.transfer_bytes_per_s[:] = 0.5 * GBPS
+    slow = make(Predictor(ONE, CHUNK)).place(Request(90_000, 9, 0, 40_960), view, 0.0)
+    assert slow.copied_tokens == 0, "the link is too slow for that"
+    assert make(Predictor(ONE, CHUNK)).place(Request(90_000, 9, 0, 0), idle_view(ONE), 0.0).copied_tokens == 0
+
+
+def test_a_copy_towards_the_region_has_the_price_of_its_link():
+    """The prefill cluster holds the prefix and is busy; the region computes the rest, if the copy costs less than it saves."""
+    view = idle_view(ONE)
+    view.prefill.load.drained_at_s[:] = view.prefill.load.free_at_s[:] = 600.0
+    view.prefill.load.jobs[:] = 9
+    request = Request(30_000, 9, 24_576, 0)
+    free = shadow(Prices({"p": 1.0, "d": 1.0}, {})).place(request, view, 0.0)
+    assert (free.prefill, free.copied_tokens) == (None, 24_576)
+    paths = paths_of(request, view)
+    saved, sent = float(paths.copies.saved_s[0, 0]), float(paths.copies.sent[0])
+    assert sent == KV.bytes(24_576) and paths.local_ttft_s[0] < paths_of(Request(30_000, 9), view).local_ttft_s[0] - 0.9 * saved
+
+
+def test_prices_count_on_prefixes_that_can_be_copied():
+    mix = Mix.of(np.array([30_000, 50_000]), 9, cached_pd=np.array([20_000, 0]), cached_prfaas=np.array([0, 40_000]))
+    both = after_copies(ONE, mix)
+    order = np.argsort(both.tokens)
+    assert both.cached_pd[order].tolist() == both.cached_prfaas[order].tolist() == [20_000, 40_000]
+    slow = dataclasses.replace(ONE, links=(dataclasses.replace(ONE.links[0], bytes_per_s=0.1 * GBPS),))
+    order = np.argsort(after_copies(slow, mix).tokens)
+    assert after_copies(slow, mix).cached_pd[order].tolist() == [20_000, 0]
+    assert after_copies(dataclasses.replace(ONE, links=()), mix) is mix

@@ -10,7 +10,8 @@ from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.optimum import optimum
 from prfaas_jax.scheduling.planner import case_of
 from prfaas_jax.scheduling.policies import Threshold
-from prfaas_jax.scheduling.predictive import Predictor, ShadowPrice
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import ShadowPrice
 from prfaas_jax.scheduling.prices import placement_prices
 from prfaas_jax.scheduling.topology import GBPS, Topology
 from prfaas_jax.simulation.job import Job

@@ -7,7 +7,8 @@ import pytest
 from sim_fixtures import KV, PAPER, simulate
 
 from prfaas_jax.scheduling.mix import LogNormalLengths
-from prfaas_jax.scheduling.predictive import LeastTtft, Predictor
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import LeastTtft
 from prfaas_jax.scheduling.profiles import prefill_s
 from prfaas_jax.scheduling.topology import GBPS, Topology
 from prfaas_jax.scheduling.view import ClusterView, Placement, Request

@@ -10,7 +10,8 @@ from sim_fixtures import H20, KV, PAPER, Always, Listed, check_finished, simulat
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import LogNormalLengths
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, PaperPrefix, Threshold
-from prfaas_jax.scheduling.predictive import LeastTtft, Predictor
+from prfaas_jax.scheduling.prediction import Predictor
+from prfaas_jax.scheduling.predictive import LeastTtft
 from prfaas_jax.scheduling.profiles import FittedPrefill, prefill_s
 from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology

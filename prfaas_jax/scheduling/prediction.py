@@ -1,0 +1,283 @@
+"""Predictions from a view: the TTFT of every path that a request could take, and the prefill seconds that it would take there.
+
+A path is a region's own prefill instances, or a prefill cluster and its link. Predictions use what the view tells (work queued, bytes
+placed on links, slots) and the profiles. All paths are evaluated at once: the number of calls of numpy is what a decision costs, so the two
+roles are rows of the same columns (regions first), and local paths are row 0 of the same table as remote ones.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.footprint import KvFootprint
+from prfaas_jax.scheduling.profiles import Instance, PrefillTime
+from prfaas_jax.scheduling.topology import Topology
+from prfaas_jax.scheduling.view import ClusterView, Request
+
+
+class Paths(NamedTuple):
+    """Predictions for one request.
+
+    Attributes:
+        ttft_s: from now; row 0 of local paths per decode row, then a row per prefill row; infinite where there is no path.
+        work_s: prefill seconds that a path takes from one instance; decode rows, then prefill rows.
+        sent: bytes that a remote path puts on the link; one number where every region lacks the same.
+        alone_s: prefill seconds of the whole prompt, nothing cached, on the fastest instance: the yardstick of its SLO.
+        copies: cached prefixes that are worth copying to where a path computes, which `ttft_s` counts on; None where none can be.
+    """
+
+    ttft_s: Float64[np.ndarray, "paths decode"]
+    work_s: Float64[np.ndarray, " rows"]
+    sent: float | Float64[np.ndarray, " decode"]
+    alone_s: float
+    copies: "Copies | None"
+
+    @property
+    def local_ttft_s(self) -> Float64[np.ndarray, " decode"]:
+        """Of local paths."""
+        return self.ttft_s[0]
+
+    @property
+    def remote_ttft_s(self) -> Float64[np.ndarray, "prefill decode"]:
+        """Of remote paths."""
+        return self.ttft_s[1:]
+
+    @property
+    def local_work_s(self) -> Float64[np.ndarray, " decode"]:
+        """Of local paths."""
+        return self.work_s[: self.ttft_s.shape[1]]
+
+    @property
+    def remote_work_s(self) -> Float64[np.ndarray, " prefill"]:
+        """Of remote paths."""
+        return self.work_s[self.ttft_s.shape[1] :]
+
+
+class Copies(NamedTuple):
+    """What is moved to the side that computes before it does; all zero where computing is faster.
+
+    Attributes:
+        tokens: of the prefix, per path.
+        saved_s: prefill seconds that it saves.
+        gain_s: the same, less the seconds that the copy takes.
+        sent: bytes that it puts on the link from `source` to the region: of local paths, row 0; the way back has no other traffic.
+        source: row of the prefill cluster that holds the longest prefix.
+    """
+
+    tokens: Float64[np.ndarray, "paths decode"]
+    saved_s: Float64[np.ndarray, "paths decode"]
+    gain_s: Float64[np.ndarray, "paths decode"]
+    sent: Float64[np.ndarray, " decode"]
+    source: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """What the predictor knows of the servers of one role: their different profiles with their rows, seconds per chunk, local network."""
+
+    profiles: tuple[tuple[PrefillTime, slice | Int64[np.ndarray, " rows"]], ...]
+    chunk_s: Float64[np.ndarray, " servers"]
+    local_bytes_per_s: Float64[np.ndarray, " servers"]
+
+
+class Scene:
+    """A view in the order of `Paths`: what follows from columns that seldom change, and what changes, copied at each call."""
+
+    def __init__(self, view: ClusterView, of: tuple[bytes, ...], near: _Rows, far: _Rows):
+        decode, prefill, links = view.decode, view.prefill, view.links
+        assert decode.load is not None and prefill.load is not None and links is not None  # Predictor.scene checked
+        self.names, self.of, self.near, self.far = (prefill.names, decode.names), of, near, far
+        n, m = len(decode.names), len(prefill.names)
+        self.regions = n
+        shut = (decode.load.instances == 0) | ~decode.healthy
+        no_way = (links.bytes_per_s == 0) | (links.transfer_bytes_per_s == 0) | ~decode.healthy
+        no_way |= (~prefill.healthy | (prefill.load.instances == 0))[:, None]
+        self.closed = np.where(np.vstack([shut, no_way]), math.inf, 0.0)
+        self.delay_s = np.vstack([np.zeros(n), links.rtt_s / 2]) + self.closed
+        # Seconds per byte; closed paths are infinite by their delay.
+        self.link_s = np.vstack([np.zeros(n), _inverse(links.bytes_per_s)])
+        self.transfer_s = np.vstack([_inverse(near.local_bytes_per_s), _inverse(links.transfer_bytes_per_s)])
+        self.slots = np.maximum(decode.load.slots, 1.0)
+        self.chunk_s = np.concatenate([near.chunk_s, far.chunk_s])
+        self.instances = np.maximum(np.concatenate([decode.load.instances, prefill.load.instances]), 1.0)
+        self._row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
+        self.half, self._zeros, self.turns = np.full(n + m, 0.5), np.zeros((2, n + m)), np.empty(n + m)
+        self.cached, self._other = np.empty(n + m), np.empty((m + 1, n))
+        self._copy_s, self._copy_delay_s = self.transfer_s.copy(), self.delay_s.copy()  # row 0: of `copies`' source
+        self._queues, self._placed = np.empty((4, n + m)), np.zeros((2, m + 1, n))
+        # A table costs less to fill and multiply than a number costs to multiply by, and far less than a row to broadcast.
+        self.sent, self.tail = np.empty((2, m + 1, n))
+        self._times = self._queues[:2]
+        self.free_s, self.waiting_s, self.jobs, self.fresh = self._queues  # from now, not below 0
+        self.pending, self.pending_bytes = self._placed
+
+    def read(self, view: ClusterView, now: float) -> None:
+        """Copies what changes."""
+        decode, prefill, links, n = view.decode.load, view.prefill.load, view.links, self.regions
+        assert decode is not None and prefill is not None and links is not None  # Predictor.scene checked
+        self._queues[:, :n], self._queues[:, n:] = decode.table[decode.QUEUES], prefill.table[prefill.QUEUES]
+        self._placed[:, 1:] = links.table[links.PLACED]
+        self._times -= now
+        np.maximum(self._times, self._zeros, out=self._times)
+
+    def over_paths(self, rows: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, "paths decode"]:
+        """A column of rows as a table of paths: a view of it where there is one region."""
+        return rows.reshape(-1, 1) if self.regions == 1 else rows[self._row]
+
+    def growth(self, tokens: Float64[np.ndarray, "paths decode"]) -> Float64[np.ndarray, "paths decode"]:
+        """`PrefillTime.growth` of every path."""
+        seconds = np.empty_like(tokens)
+        for time, where in self.near.profiles:
+            seconds[0, where] = time.growth_of(tokens[0, where])
+        for time, where in self.far.profiles:
+            seconds[1:][where] = time.growth_of(tokens[1:][where])
+        return seconds
+
+    def copies(self, kv: KvFootprint, held: int | Int64[np.ndarray, " decode"], far_held: int | Int64[np.ndarray, " prefill"]) -> Copies:
+        """Of the prefix that the other side holds beyond a path's own, if that side can send it faster than this one can compute it.
+
+        For a remote path the other side is its region, for a local one the prefill cluster that holds most.
+        """
+        n = self.regions
+        self.cached[:n], self.cached[n:] = held, far_held
+        source = int(self.cached[n:].argmax())
+        own, other = self.over_paths(self.cached), self._other
+        other[0], other[1:] = self.cached[n + source], self.cached[:n]
+        np.maximum(own, other, out=other)
+        saved = self.growth(other)
+        saved -= self.growth(own)
+        size = kv.bytes_of(other, own)
+        self._copy_s[0], self._copy_delay_s[0] = self.transfer_s[1 + source], self.delay_s[1 + source]
+        gain = size * -self._copy_s
+        gain -= self._copy_delay_s
+        gain += saved
+        worth = gain > 0
+        other -= own
+        return Copies(other * worth, saved * worth, np.maximum(gain, 0.0), size[0] * worth[0], source)
+
+
+def _inverse(rates: np.ndarray) -> np.ndarray:
+    return 1.0 / np.where(rates > 0, rates, math.inf)
+
+
+class Predictor:
+    """Predicts every path of a request from the view, with the profiles of a topology whose names the view uses.
+
+    Waiting: prompts on an instance take turns chunk by chunk, and new ones go first (`batching.choose_prefill`). So a prompt waits for the
+    chunk under way, for the first chunks of other new prompts, and in every further turn for one chunk of each prompt there; never for
+    more than all the work that is there. Transfer: overlapped, the last chunk and the states follow the end of the prefill; a link shared
+    fairly takes as long as its other transfers delay this one. A prefix that only the other side holds is copied first where that is
+    faster than to compute it.
+    """
+
+    def __init__(self, topology: Topology, chunk: int, overlap: bool = True):
+        self.kv, self._chunk, self._overlap = topology.kv, chunk, overlap
+        self._instances: dict[str, Instance] = {c.name: c.instance for c in topology.clusters}
+        self._local_rates = {r.name: r.local_bytes_per_s for r in topology.regions}
+        self._known: dict[tuple[str, ...], _Rows] = {}
+        self._scene: Scene | None = None
+
+    def paths(self, request: Request, view: ClusterView, now: float) -> Paths:
+        """All paths. Raises InvalidInput for a view without loads or links, or with names that the topology does not have."""
+        return self.paths_in(self.scene(view, now), request, view)
+
+    def paths_in(self, scene: Scene, request: Request, view: ClusterView) -> Paths:
+        """`paths` of a scene that has just been read from the view."""
+        near = view.decode.load
+        assert near is not None  # scene() checked
+        tokens, chunk, n = request.tokens, self._chunk, scene.regions
+        held, far_held = _plain(request.cached_decode), _plain(request.cached_prefill)
+        sent = tail = self._bytes(tokens, held)
+        if self._overlap:
+            before = tokens - (tokens % chunk or min(tokens, chunk))
+            if _most(held) <= before:
+                tail = self._bytes(tokens, before)
+            elif not isinstance(held, int):
+                tail = self._bytes(tokens, np.maximum(held, before))
+
+        work = np.empty(len(scene.jobs))
+        alone_s = min(_work(scene.near, tokens, held, work[:n]), _work(scene.far, tokens, far_held, work[n:]))
+        # Seconds, besides its own work, until a prompt of that many chunks is computed.
+        chunks = np.minimum(scene.jobs, scene.half)
+        chunks += scene.fresh
+        if tokens > chunk:
+            scene.turns[:n] = (tokens - _least(held) - 1) // chunk  # after the first
+            scene.turns[n:] = (tokens - _least(far_held) - 1) // chunk
+            chunks += scene.turns * scene.jobs
+        chunks *= scene.chunk_s
+        np.minimum(chunks, scene.free_s, out=chunks)
+        chunks += work
+
+        scene.sent[...], scene.tail[...] = sent, tail
+        crossed = scene.pending * scene.sent
+        np.minimum(crossed, scene.pending_bytes, out=crossed)
+        crossed += scene.sent
+        crossed *= scene.link_s
+        ttft = scene.tail * scene.transfer_s
+        ttft += scene.over_paths(chunks)
+        np.maximum(ttft, crossed, out=ttft)
+        ttft += scene.delay_s
+        if n and near.waiting.item(near.waiting.argmax()) > 0:
+            # Every path of a region waits for its decode slots; it only tells regions apart.
+            ttft += near.waiting / scene.slots
+        copies = None
+        if len(work) > n > 0 and not (isinstance(held, int) and isinstance(far_held, int) and held == far_held):
+            copies = scene.copies(self.kv, held, far_held)
+            ttft -= copies.gain_s
+        return Paths(ttft, work, sent, alone_s, copies)
+
+    def _bytes(self, tokens: int, held: int | Int64[np.ndarray, " decode"]) -> float | Float64[np.ndarray, " decode"]:
+        return float(self.kv.bytes(tokens, held)) if isinstance(held, int) else self.kv.bytes_of(tokens, held)
+
+    def scene(self, view: ClusterView, now: float) -> Scene:
+        """Read anew, and made anew when a column that seldom changes has changed. InvalidInput as `paths`."""
+        far, near, links, scene = view.prefill.load, view.decode.load, view.links, self._scene
+        if far is None or near is None or links is None:
+            raise InvalidInput("view", (far, near, links), "loads and links: this policy predicts from them")
+        seldom = far.table[far.SELDOM], near.table[near.SELDOM], links.table[links.SELDOM], view.prefill.healthy, view.decode.healthy
+        of = tuple([columns.tobytes() for columns in seldom])
+        if scene is None or of != scene.of or scene.names[0] is not view.prefill.names or scene.names[1] is not view.decode.names:
+            scene = self._scene = Scene(view, of, self._rows(view.decode.names), self._rows(view.prefill.names))
+        scene.read(view, now)
+        return scene
+
+    def _rows(self, names: tuple[str, ...]) -> _Rows:
+        if names not in self._known:
+            unknown = [name for name in names if name not in self._instances]
+            if unknown:
+                raise InvalidInput("view names", unknown, f"clusters with a profile: {sorted(self._instances)}")
+            times = [self._instances[name].prefill for name in names]
+            groups = {t: [i for i, x in enumerate(times) if x == t] for t in times}
+            profiles = tuple((t, slice(None) if len(groups) == 1 else np.array(rows)) for t, rows in groups.items())
+            chunk_s = np.array([t.growth(min(self._chunk, t.max_tokens)) for t in times])
+            self._known[names] = _Rows(profiles, chunk_s, np.array([self._local_rates.get(name, math.inf) for name in names]))
+        return self._known[names]
+
+
+def _plain(cached: int | Int64[np.ndarray, " rows"]) -> int | Int64[np.ndarray, " rows"]:
+    """One number where all rows have the same."""
+    if isinstance(cached, int):
+        return cached
+    return cached if len(cached) > 1 and _most(cached) else int(cached.max(initial=0))
+
+
+def _least(cached: int | Int64[np.ndarray, " rows"]) -> int:
+    return cached if isinstance(cached, int) else int(cached.item(cached.argmin()))
+
+
+def _most(cached: int | Int64[np.ndarray, " rows"]) -> int:
+    return cached if isinstance(cached, int) else int(cached.item(cached.argmax()))
+
+
+def _work(rows: _Rows, tokens: int, cached: int | Int64[np.ndarray, " rows"], work: Float64[np.ndarray, " rows"]) -> float:
+    """Writes T_prefill(cached, tokens - cached) on one instance of every row; the least T_prefill(0, tokens) of them."""
+    alone_s = math.inf
+    for time, where in rows.profiles:
+        whole = time.start_s + time.growth(tokens)
+        alone_s = min(alone_s, whole)
+        work[where] = whole - (time.growth(cached) if isinstance(cached, int) else time.growth_of(cached[where]))
+    return alone_s
