@@ -58,21 +58,27 @@ class Paths(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """What is moved to the side that computes before it does; all zero where computing is faster.
+    """What may be moved to the side that computes before it does.
 
     Attributes:
-        tokens: of the prefix, per path.
-        saved_s: prefill seconds that it saves.
+        more: tokens of the prefix that the other side holds beyond this one.
+        saved_s: prefill seconds that they save; 0 where computing them is faster than copying.
         gain_s: the same, less the seconds that the copy takes.
-        sent: bytes that it puts on the link from `source` to the region: of local paths, row 0; the way back has no other traffic.
-        source: row of the prefill cluster that holds the longest prefix.
+        source: row of the prefill cluster that local paths, row 0, copy from: the one that holds most.
     """
 
-    tokens: Float64[np.ndarray, "paths decode"]
+    more: Float64[np.ndarray, "paths decode"]
     saved_s: Float64[np.ndarray, "paths decode"]
     gain_s: Float64[np.ndarray, "paths decode"]
-    sent: Float64[np.ndarray, " decode"]
     source: int
+
+    def tokens(self, path: int) -> int:
+        """That `path`, an index into the flat table, has copied."""
+        return int(self.more.item(path)) if self.gain_s.item(path) > 0 else 0
+
+    def sent(self, kv: KvFootprint) -> Float64[np.ndarray, " decode"]:
+        """Bytes from the source to each region, if its local path is taken. The way back has no other traffic."""
+        return kv.bytes_of(self.more[0]) * (self.gain_s[0] > 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +112,6 @@ class Scene:
         self.instances = np.maximum(np.concatenate([decode.load.instances, prefill.load.instances]), 1.0)
         self._row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
         self.half, self._zeros, self.turns = np.full(n + m, 0.5), np.zeros((2, n + m)), np.empty(n + m)
-        self.cached, self._other = np.empty(n + m), np.empty((m + 1, n))
         self._copy_s, self._copy_delay_s = self.transfer_s.copy(), self.delay_s.copy()  # row 0: of `copies`' source
         self._queues, self._placed = np.empty((4, n + m)), np.zeros((2, m + 1, n))
         # A table costs less to fill and multiply than a number costs to multiply by, and far less than a row to broadcast.
@@ -128,36 +133,40 @@ class Scene:
         """A column of rows as a table of paths: a view of it where there is one region."""
         return rows.reshape(-1, 1) if self.regions == 1 else rows[self._row]
 
-    def growth(self, tokens: Float64[np.ndarray, "paths decode"]) -> Float64[np.ndarray, "paths decode"]:
-        """`PrefillTime.growth` of every path."""
-        seconds = np.empty_like(tokens)
-        for time, where in self.near.profiles:
-            seconds[0, where] = time.growth_of(tokens[0, where])
-        for time, where in self.far.profiles:
-            seconds[1:][where] = time.growth_of(tokens[1:][where])
-        return seconds
-
-    def copies(self, kv: KvFootprint, held: int | Int64[np.ndarray, " decode"], far_held: int | Int64[np.ndarray, " prefill"]) -> Copies:
+    def copies(
+        self,
+        kv: KvFootprint,
+        tokens: int,
+        work: Float64[np.ndarray, " rows"],
+        held: int | Int64[np.ndarray, " decode"],
+        far_held: int | Int64[np.ndarray, " prefill"],
+    ) -> Copies:
         """Of the prefix that the other side holds beyond a path's own, if that side can send it faster than this one can compute it.
 
         For a remote path the other side is its region, for a local one the prefill cluster that holds most.
         """
         n = self.regions
-        self.cached[:n], self.cached[n:] = held, far_held
-        source = int(self.cached[n:].argmax())
-        own, other = self.over_paths(self.cached), self._other
-        other[0], other[1:] = self.cached[n + source], self.cached[:n]
-        np.maximum(own, other, out=other)
-        saved = self.growth(other)
-        saved -= self.growth(own)
-        size = kv.bytes_of(other, own)
+        near, far = np.full(n, held), np.full(len(work) - n, far_held)
+        source = int(far.argmax())
+        deepest = int(far[source])
+        more, saved = np.empty(self.sent.shape), np.empty(self.sent.shape)
+        np.subtract(deepest, near, out=more[0])
+        np.subtract(near, far[:, None], out=more[1:])
+        np.maximum(more, 0.0, out=more)
+        # Work grows with what is computed: with the deeper prefix it is the lesser of two.
+        for time, where in self.near.profiles:
+            saved[0, where] = work[:n][where] - (time.start_s + time.growth(tokens) - time.growth(deepest))
+        for time, where in self.far.profiles:
+            whole = time.start_s + time.growth(tokens)
+            saved[1:][where] = np.subtract.outer(work[n:][where], [whole - time.growth(x) for x in near.tolist()])
         self._copy_s[0], self._copy_delay_s[0] = self.transfer_s[1 + source], self.delay_s[1 + source]
-        gain = size * -self._copy_s
-        gain -= self._copy_delay_s
-        gain += saved
-        worth = gain > 0
-        other -= own
-        return Copies(other * worth, saved * worth, np.maximum(gain, 0.0), size[0] * worth[0], source)
+        gain = kv.bytes_of(more)
+        gain *= self._copy_s
+        gain += self._copy_delay_s
+        np.subtract(saved, gain, out=gain)
+        np.maximum(gain, 0.0, out=gain)
+        saved *= gain > 0
+        return Copies(more, saved, gain, source)
 
 
 def _inverse(rates: np.ndarray) -> np.ndarray:
@@ -226,7 +235,7 @@ class Predictor:
             ttft += near.waiting / scene.slots
         copies = None
         if len(work) > n > 0 and not (isinstance(held, int) and isinstance(far_held, int) and held == far_held):
-            copies = scene.copies(self.kv, held, far_held)
+            copies = scene.copies(self.kv, tokens, work, held, far_held)
             ttft -= copies.gain_s
         return Paths(ttft, work, sent, alone_s, copies)
 

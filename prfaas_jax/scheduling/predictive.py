@@ -114,7 +114,7 @@ class ShadowPrice:
         if copies is not None:
             cost -= copies.saved_s * scene.over_paths(prices)
             if table.links is not None:
-                cost[0] += copies.sent * table.links[1 + copies.source]
+                cost[0] += copies.sent(self.predictor.kv) * table.links[1 + copies.source]
         if busy < 1:
             cost *= busy
             cost += ttft * ((1 - busy) / slo)
@@ -160,7 +160,7 @@ def _choose(view: ClusterView, paths: Paths, cost: np.ndarray, name: str) -> Pla
     prefill = view.prefill.names[row - 1] if row else None
     where = f"on {prefill}" if row else "locally"
     reason = f"{name}: predicted {paths.ttft_s.item(best):.2f} s {where}"
-    copied = int(paths.copies.tokens.item(best)) if paths.copies is not None else 0
+    copied = paths.copies.tokens(best) if paths.copies is not None else 0
     if copied:
         reason = f"{reason}, {copied} tokens copied"
     return Placement(prefill, view.decode.names[d], reason, copied)

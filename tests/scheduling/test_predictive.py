@@ -91,8 +91,9 @@ def test_several_profiles_links_and_prefixes_per_row():
         [math.inf, q + tail(tokens, 4096) / (80 * GBPS)],
     ]
     assert paths.remote_ttft_s == pytest.approx(np.array(expected))
-    assert paths.copies.source == 1 and paths.copies.tokens[0].tolist() == [0, 7904 * (gains[1] > 0)]
-    assert paths.copies.tokens[1:].tolist() == [[20_000 * (copied[0][0] > 0), 4096 * (copied[0][1] > 0)], [0, 0]]
+    assert paths.copies.source == 1 and paths.copies.gain_s == pytest.approx(np.array([gains, *copied]))
+    tokens_of = [0, 7904 * (gains[1] > 0), 20_000 * (copied[0][0] > 0), 4096 * (copied[0][1] > 0), 0, 0]
+    assert [paths.copies.tokens(path) for path in range(6)] == tokens_of
     assert max(gains) > 0 and max(copied[0]) > 0
 
 
@@ -410,7 +411,7 @@ def test_a_copy_towards_the_region_has_the_price_of_its_link():
     free = shadow(Prices({"p": 1.0, "d": 1.0}, {})).place(request, view, 0.0)
     assert (free.prefill, free.copied_tokens) == (None, 24_576)
     paths = paths_of(request, view)
-    saved, sent = float(paths.copies.saved_s[0, 0]), float(paths.copies.sent[0])
+    saved, sent = float(paths.copies.saved_s[0, 0]), float(paths.copies.sent(KV)[0])
     assert sent == KV.bytes(24_576) and paths.local_ttft_s[0] < paths_of(Request(30_000, 9), view).local_ttft_s[0] - 0.9 * saved
 
 
