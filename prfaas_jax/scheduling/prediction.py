@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.profiles import Instance, PrefillTime
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import ClusterView, Request
@@ -27,14 +26,12 @@ class Paths(NamedTuple):
         work_s: prefill seconds that a path takes from one instance; decode rows, then prefill rows.
         sent: bytes that a remote path puts on the link; one number where every region lacks the same.
         alone_s: prefill seconds of the whole prompt, nothing cached, on the fastest instance: the yardstick of its SLO.
-        copies: cached prefixes that are worth copying to where a path computes, which `ttft_s` counts on; None where none can be.
     """
 
     ttft_s: Float64[np.ndarray, "paths decode"]
     work_s: Float64[np.ndarray, " rows"]
     sent: float | Float64[np.ndarray, " decode"]
     alone_s: float
-    copies: "Copies | None"
 
     @property
     def local_ttft_s(self) -> Float64[np.ndarray, " decode"]:
@@ -57,34 +54,29 @@ class Paths(NamedTuple):
         return self.work_s[self.ttft_s.shape[1] :]
 
 
-class Copies(NamedTuple):
-    """What may be moved to the side that computes before it does.
+class Copy(NamedTuple):
+    """A prefix that is worth moving to the side that computes before it does.
 
     Attributes:
-        more: tokens of the prefix that the other side holds beyond this one.
-        saved_s: prefill seconds that they save; 0 where computing them is faster than copying.
+        tokens: that the other side holds beyond this one.
+        saved_s: prefill seconds that they save.
         gain_s: the same, less the seconds that the copy takes.
-        source: row of the prefill cluster that local paths, row 0, copy from: the one that holds most.
+        sent: bytes that it puts on the link towards the region; 0 on the way back, which has no other traffic.
+        link: row of the paths whose link it takes.
     """
 
-    more: Float64[np.ndarray, "paths decode"]
-    saved_s: Float64[np.ndarray, "paths decode"]
-    gain_s: Float64[np.ndarray, "paths decode"]
-    source: int
-
-    def tokens(self, path: int) -> int:
-        """That `path`, an index into the flat table, has copied."""
-        return int(self.more.item(path)) if self.gain_s.item(path) > 0 else 0
-
-    def sent(self, kv: KvFootprint) -> Float64[np.ndarray, " decode"]:
-        """Bytes from the source to each region, if its local path is taken. The way back has no other traffic."""
-        return kv.bytes_of(self.more[0]) * (self.gain_s[0] > 0)
+    tokens: int
+    saved_s: float
+    gain_s: float
+    sent: float
+    link: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
-    """What the predictor knows of the servers of one role: their different profiles with their rows, seconds per chunk, local network."""
+    """What the predictor knows of the servers of one role: profiles, the different ones with rows, seconds per chunk, local rates."""
 
+    times: tuple[PrefillTime, ...]
     profiles: tuple[tuple[PrefillTime, slice | Int64[np.ndarray, " rows"]], ...]
     chunk_s: Float64[np.ndarray, " servers"]
     local_bytes_per_s: Float64[np.ndarray, " servers"]
@@ -112,7 +104,6 @@ class Scene:
         self.instances = np.maximum(np.concatenate([decode.load.instances, prefill.load.instances]), 1.0)
         self._row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
         self.half, self._zeros, self.turns = np.full(n + m, 0.5), np.zeros((2, n + m)), np.empty(n + m)
-        self._copy_s, self._copy_delay_s = self.transfer_s.copy(), self.delay_s.copy()  # row 0: of `copies`' source
         self._queues, self._placed = np.empty((4, n + m)), np.zeros((2, m + 1, n))
         # A table costs less to fill and multiply than a number costs to multiply by, and far less than a row to broadcast.
         self.sent, self.tail = np.empty((2, m + 1, n))
@@ -133,41 +124,6 @@ class Scene:
         """A column of rows as a table of paths: a view of it where there is one region."""
         return rows.reshape(-1, 1) if self.regions == 1 else rows[self._row]
 
-    def copies(
-        self,
-        kv: KvFootprint,
-        tokens: int,
-        work: Float64[np.ndarray, " rows"],
-        held: int | Int64[np.ndarray, " decode"],
-        far_held: int | Int64[np.ndarray, " prefill"],
-    ) -> Copies:
-        """Of the prefix that the other side holds beyond a path's own, if that side can send it faster than this one can compute it.
-
-        For a remote path the other side is its region, for a local one the prefill cluster that holds most.
-        """
-        n = self.regions
-        near, far = np.full(n, held), np.full(len(work) - n, far_held)
-        source = int(far.argmax())
-        deepest = int(far[source])
-        more, saved = np.empty(self.sent.shape), np.empty(self.sent.shape)
-        np.subtract(deepest, near, out=more[0])
-        np.subtract(near, far[:, None], out=more[1:])
-        np.maximum(more, 0.0, out=more)
-        # Work grows with what is computed: with the deeper prefix it is the lesser of two.
-        for time, where in self.near.profiles:
-            saved[0, where] = work[:n][where] - (time.start_s + time.growth(tokens) - time.growth(deepest))
-        for time, where in self.far.profiles:
-            whole = time.start_s + time.growth(tokens)
-            saved[1:][where] = np.subtract.outer(work[n:][where], [whole - time.growth(x) for x in near.tolist()])
-        self._copy_s[0], self._copy_delay_s[0] = self.transfer_s[1 + source], self.delay_s[1 + source]
-        gain = kv.bytes_of(more)
-        gain *= self._copy_s
-        gain += self._copy_delay_s
-        np.subtract(saved, gain, out=gain)
-        np.maximum(gain, 0.0, out=gain)
-        saved *= gain > 0
-        return Copies(more, saved, gain, source)
-
 
 def _inverse(rates: np.ndarray) -> np.ndarray:
     return 1.0 / np.where(rates > 0, rates, math.inf)
@@ -179,8 +135,7 @@ class Predictor:
     Waiting: prompts on an instance take turns chunk by chunk, and new ones go first (`batching.choose_prefill`). So a prompt waits for the
     chunk under way, for the first chunks of other new prompts, and in every further turn for one chunk of each prompt there; never for
     more than all the work that is there. Transfer: overlapped, the last chunk and the states follow the end of the prefill; a link shared
-    fairly takes as long as its other transfers delay this one. A prefix that only the other side holds is copied first where that is
-    faster than to compute it.
+    fairly takes as long as its other transfers delay this one. Paths compute what their own side does not hold; `copy` says what else.
     """
 
     def __init__(self, topology: Topology, chunk: int, overlap: bool = True):
@@ -233,11 +188,24 @@ class Predictor:
         if n and near.waiting.item(near.waiting.argmax()) > 0:
             # Every path of a region waits for its decode slots; it only tells regions apart.
             ttft += near.waiting / scene.slots
-        copies = None
-        if len(work) > n > 0 and not (isinstance(held, int) and isinstance(far_held, int) and held == far_held):
-            copies = scene.copies(self.kv, tokens, work, held, far_held)
-            ttft -= copies.gain_s
-        return Paths(ttft, work, sent, alone_s, copies)
+        return Paths(ttft, work, sent, alone_s)
+
+    def copy(self, scene: Scene, request: Request, path: int) -> Copy | None:
+        """What to copy for `path`, an index into the flat table; None where that side computes as fast as the other could send.
+
+        A remote path may copy what its region holds, a local one what the prefill cluster holds that holds most.
+        """
+        row, d = divmod(path, scene.regions)
+        own, other, link, time = request.held_by_prefill(row - 1), request.held_by_decode(d), row, scene.far.times[row - 1]
+        if not row:
+            far = request.cached_prefill
+            link, time = 1 if isinstance(far, int) else 1 + int(far.argmax()), scene.near.times[d]
+            own, other = other, request.held_by_prefill(link - 1)
+        if other <= own:
+            return None
+        saved, size = time.growth(other) - time.growth(own), self.kv.bytes(other, own)
+        gain = saved - size * scene.transfer_s.item(link, d) - scene.delay_s.item(link, d)
+        return Copy(other - own, saved, gain, 0.0 if row else size, link) if gain > 0 else None
 
     def _bytes(self, tokens: int, held: int | Int64[np.ndarray, " decode"]) -> float | Float64[np.ndarray, " decode"]:
         return float(self.kv.bytes(tokens, held)) if isinstance(held, int) else self.kv.bytes_of(tokens, held)
@@ -263,7 +231,7 @@ class Predictor:
             groups = {t: [i for i, x in enumerate(times) if x == t] for t in times}
             profiles = tuple((t, slice(None) if len(groups) == 1 else np.array(rows)) for t, rows in groups.items())
             chunk_s = np.array([t.growth(min(self._chunk, t.max_tokens)) for t in times])
-            self._known[names] = _Rows(profiles, chunk_s, np.array([self._local_rates.get(name, math.inf) for name in names]))
+            self._known[names] = _Rows(tuple(times), profiles, chunk_s, np.array([self._local_rates.get(name, math.inf) for name in names]))
         return self._known[names]
 
 

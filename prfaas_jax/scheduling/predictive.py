@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.prediction import Paths, Predictor, Scene
+from prfaas_jax.scheduling.prediction import Copy, Predictor, Scene
 from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Placement, Request
 
 
@@ -20,8 +20,12 @@ class LeastTtft:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The fastest path, local at a tie."""
-        paths = self.predictor.paths(request, view, now)
-        return _choose(view, paths, paths.ttft_s, "least_ttft")
+        scene = self.predictor.scene(view, now)
+        ttft = self.predictor.paths_in(scene, request, view).ttft_s
+        copies = _copies(self.predictor, scene, request, ttft)
+        for path, copy in copies.items():
+            ttft.flat[path] -= copy.gain_s
+        return _choose(view, ttft, ttft, copies, "least_ttft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class ShadowPrice:
         """The cheapest of the paths that keep the SLO; the cheapest of all where none does."""
         scene = self.predictor.scene(view, now)
         paths = self.predictor.paths_in(scene, request, view)
-        table, ttft, work, copies = self._table(scene), paths.ttft_s, paths.work_s, paths.copies
+        table, ttft, work = self._table(scene), paths.ttft_s, paths.work_s
         slo = self.slo_scale * paths.alone_s + self.slo_base_s
 
         longest = _most_of(scene.waiting_s)
@@ -111,10 +115,16 @@ class ShadowPrice:
         cost = scene.over_paths(work * prices)
         if table.links is not None:
             cost += scene.sent * table.links
-        if copies is not None:
-            cost -= copies.saved_s * scene.over_paths(prices)
-            if table.links is not None:
-                cost[0] += copies.sent(self.predictor.kv) * table.links[1 + copies.source]
+        copies = _copies(self.predictor, scene, request, cost)
+        for path, copy in list(copies.items()):
+            row, d = divmod(path, scene.regions)
+            more = copy.sent * table.links.item(copy.link, d) if table.links is not None else 0.0
+            more -= copy.saved_s * prices.item(scene.regions + row - 1 if row else d)
+            if more > 0:
+                del copies[path]  # the link has better use
+            else:
+                cost[row, d] += more
+                ttft[row, d] -= copy.gain_s
         if busy < 1:
             cost *= busy
             cost += ttft * ((1 - busy) / slo)
@@ -127,7 +137,7 @@ class ShadowPrice:
                 waiting[: scene.regions] = 0.0
                 cost *= scene.over_paths(np.exp(waiting))
                 cost += scene.closed
-        return _choose(view, paths, cost, "shadow_price")
+        return _choose(view, ttft, cost, copies, "shadow_price")
 
     def _table(self, scene: Scene) -> _Table:
         known: dict[str, _Table] = self._tables  # type: ignore[attr-defined]
@@ -151,7 +161,20 @@ def _least_of(values: np.ndarray) -> float:
     return float(values.item(values.argmin())) if values.size else math.inf
 
 
-def _choose(view: ClusterView, paths: Paths, cost: np.ndarray, name: str) -> Placement:
+def _copies(predictor: Predictor, scene: Scene, request: Request, cost: np.ndarray) -> dict[int, Copy]:
+    """Copies worth their time for the cheapest open path of either side: looking at every path would cost more than it finds."""
+    far, near = request.cached_prefill, request.cached_decode
+    if not scene.regions or (isinstance(far, int) and isinstance(near, int) and far == near):
+        return {}
+    open_cost = cost + scene.closed
+    paths = [int(open_cost[0].argmin())]
+    if len(cost) > 1:
+        paths.append(scene.regions + int(open_cost[1:].argmin()))
+    found = ((path, predictor.copy(scene, request, path)) for path in paths)
+    return {path: copy for path, copy in found if copy is not None}
+
+
+def _choose(view: ClusterView, ttft: np.ndarray, cost: np.ndarray, copies: Mapping[int, Copy], name: str) -> Placement:
     """The cheapest path, local at a tie; raises NoDecodeServer where none is open. The reason has its TTFT."""
     best = int(cost.argmin()) if cost.size else 0
     if not cost.size or cost.item(best) == math.inf:
@@ -159,8 +182,7 @@ def _choose(view: ClusterView, paths: Paths, cost: np.ndarray, name: str) -> Pla
     row, d = divmod(best, len(view.decode.names))
     prefill = view.prefill.names[row - 1] if row else None
     where = f"on {prefill}" if row else "locally"
-    reason = f"{name}: predicted {paths.ttft_s.item(best):.2f} s {where}"
-    copied = paths.copies.tokens(best) if paths.copies is not None else 0
-    if copied:
-        reason = f"{reason}, {copied} tokens copied"
-    return Placement(prefill, view.decode.names[d], reason, copied)
+    reason = f"{name}: predicted {ttft.item(best):.2f} s {where}"
+    if best not in copies:
+        return Placement(prefill, view.decode.names[d], reason)
+    return Placement(prefill, view.decode.names[d], f"{reason}, {copies[best].tokens} tokens copied", copies[best].tokens)

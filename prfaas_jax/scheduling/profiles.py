@@ -78,7 +78,7 @@ class FittedPrefill:
 
     def growth_of(self, tokens: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
         """See PrefillTime."""
-        x = np.multiply(tokens, 1e-4, dtype=np.float64)
+        x = tokens * 1e-4
         seconds = x * self.quadratic_s
         seconds += self.linear_s
         seconds *= x

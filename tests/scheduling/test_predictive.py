@@ -74,27 +74,14 @@ def test_several_profiles_links_and_prefixes_per_row():
     works = [prefill_s(x.prefill, tokens - int(held), int(held)) for x, held in ((SLOW, near[0]), (TABLE, near[1]))]
     assert paths.local_work_s == pytest.approx(works)
     rates = 400 * GBPS, 800 * GBPS
-
-    def gain(time, own, other, rate, delay_s):
-        """Seconds that copying the rest of a prefix brings, if any."""
-        return max(0.0, time.growth(other) - time.growth(own) - KV.bytes(other, own) / rate - delay_s) if other > own else 0.0
-
-    # Local paths may copy from q, which holds most; remote ones from their region.
-    gains = [0.0, gain(TABLE.prefill, 4096, 12_000, 80 * GBPS, 0.0)]
-    expected = [w + tail(tokens, int(h)) / r - g for w, h, r, g in zip(works, near, rates, gains, strict=True)]
-    assert paths.local_ttft_s == pytest.approx(expected)
+    assert paths.local_ttft_s == pytest.approx([w + tail(tokens, int(h)) / r for w, h, r in zip(works, near, rates, strict=True)])
     p, q = prefill_s(FAST.prefill, tokens), prefill_s(TABLE.prefill, 18_000, 12_000)
     assert paths.remote_work_s == pytest.approx([p, q]) and paths.sent == pytest.approx([KV.bytes(tokens, int(h)) for h in near])
-    copied = [[gain(FAST.prefill, 0, 20_000, 40 * GBPS, 0.01), gain(FAST.prefill, 0, 4096, 10 * GBPS, 0.05)], [0.0, 0.0]]
     expected = [
-        [p + tail(tokens, 20_000) / (40 * GBPS) + 0.01 - copied[0][0], p + tail(tokens, 4096) / (10 * GBPS) + 0.05 - copied[0][1]],
+        [p + tail(tokens, 20_000) / (40 * GBPS) + 0.01, p + tail(tokens, 4096) / (10 * GBPS) + 0.05],
         [math.inf, q + tail(tokens, 4096) / (80 * GBPS)],
     ]
     assert paths.remote_ttft_s == pytest.approx(np.array(expected))
-    assert paths.copies.source == 1 and paths.copies.gain_s == pytest.approx(np.array([gains, *copied]))
-    tokens_of = [0, 7904 * (gains[1] > 0), 20_000 * (copied[0][0] > 0), 4096 * (copied[0][1] > 0), 0, 0]
-    assert [paths.copies.tokens(path) for path in range(6)] == tokens_of
-    assert max(gains) > 0 and max(copied[0]) > 0
 
 
 @pytest.mark.parametrize("held", [0, 5000, 8192, 19_999])
@@ -410,9 +397,30 @@ def test_a_copy_towards_the_region_has_the_price_of_its_link():
     request = Request(30_000, 9, 24_576, 0)
     free = shadow(Prices({"p": 1.0, "d": 1.0}, {})).place(request, view, 0.0)
     assert (free.prefill, free.copied_tokens) == (None, 24_576)
-    paths = paths_of(request, view)
-    saved, sent = float(paths.copies.saved_s[0, 0]), float(paths.copies.sent(KV)[0])
-    assert sent == KV.bytes(24_576) and paths.local_ttft_s[0] < paths_of(Request(30_000, 9), view).local_ttft_s[0] - 0.9 * saved
+    dear = Prices({"p": 1.0, "d": 1.0}, {("p", "d"): 10 / KV.bytes(24_576)})
+    assert shadow(dear).place(request, view, 0.0).copied_tokens == 0
+
+
+def test_every_path_copies_what_its_other_side_holds_if_that_gains_time():
+    far, near = np.array([0, 12_000]), np.array([20_000, 4096])
+    request, predictor = Request(30_000, 9, far, near), Predictor(FOUR, CHUNK)
+    scene = predictor.scene(idle_view(FOUR), 0.0)
+
+    def copy(time, own, other, rate, delay_s):
+        saved = time.growth(other) - time.growth(own)
+        return other - own, saved, saved - KV.bytes(other, own) / rate - delay_s
+
+    # Paths are d, e, then p to d, p to e, q to d, q to e; q, which holds most, has no link to d.
+    expected = {
+        1: copy(TABLE.prefill, 4096, 12_000, 80 * GBPS, 0.0),
+        2: copy(FAST.prefill, 0, 20_000, 40 * GBPS, 0.01),
+        3: copy(FAST.prefill, 0, 4096, 10 * GBPS, 0.05),
+    }
+    assert expected.pop(3)[2] < 0, "slower than to compute it"
+    for path in range(6):
+        got = predictor.copy(scene, request, path)
+        assert got is None if path not in expected else got[:3] == pytest.approx(expected[path])
+    assert predictor.copy(scene, request, 1)[3:] == (KV.bytes(12_000, 4096), 2) and predictor.copy(scene, request, 2)[3:] == (0.0, 1)
 
 
 def test_prices_count_on_prefixes_that_can_be_copied():
