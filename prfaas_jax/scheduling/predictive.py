@@ -164,12 +164,11 @@ def _least_of(values: np.ndarray) -> float:
 def _copies(predictor: Predictor, scene: Scene, request: Request, cost: np.ndarray) -> dict[int, Copy]:
     """Copies worth their time for the cheapest open path of either side: looking at every path would cost more than it finds."""
     far, near = request.cached_prefill, request.cached_decode
-    if not scene.regions or (isinstance(far, int) and isinstance(near, int) and far == near):
+    one_sided = not scene.regions or len(cost) == 1  # the table's row 0 is local
+    if one_sided or (isinstance(far, int) and isinstance(near, int) and far == near):
         return {}
     open_cost = cost + scene.closed
-    paths = [int(open_cost[0].argmin())]
-    if len(cost) > 1:
-        paths.append(scene.regions + int(open_cost[1:].argmin()))
+    paths = int(open_cost[0].argmin()), scene.regions + int(open_cost[1:].argmin())
     found = ((path, predictor.copy(scene, request, path)) for path in paths)
     return {path: copy for path, copy in found if copy is not None}
 

@@ -389,6 +389,14 @@ def test_a_prefix_is_copied_where_that_is_faster_than_computing_it(make):
     assert make(Predictor(ONE, CHUNK)).place(Request(90_000, 9, 0, 0), idle_view(ONE), 0.0).copied_tokens == 0
 
 
+@pytest.mark.parametrize("make", [LeastTtft, lambda p: ShadowPrice(p, Prices({}, {}))])
+@pytest.mark.parametrize("held", [5000, np.array([5000])])
+def test_a_prefix_without_any_prefill_cluster_is_not_copied(make, held):
+    alone = Topology(KV, (), (Region("d", SLOW, 1, 1),), ())
+    got = make(Predictor(alone, CHUNK)).place(Request(9000, 9, 0, held), idle_view(alone), 0.0)
+    assert (got.prefill, got.decode, got.copied_tokens) == (None, "d", 0)
+
+
 def test_a_copy_towards_the_region_has_the_price_of_its_link():
     """The prefill cluster holds the prefix and is busy; the region computes the rest, if the copy costs less than it saves."""
     view = idle_view(ONE)
