@@ -3,11 +3,12 @@
     python -m experiments.compare_policies [--suite=smoke|paper|full] [--processes=2] [--config.trace=mooncake_conversation_trace.jsonl.gz]
 
 The rules are those of `prfaas_jax.simulation.contest`: SLO TTFT <= 3 x unloaded T(l) + 0.5 s and TPOT <= 50 ms, 0.9 of the load that the
-planner's best roles sustain in the cell, the same hardware for all, each baseline with the best parameter of its grid. Baselines are tuned,
-and the best of them and of the paper's rules chosen, on other seeds than those of the evaluation, and in the first third of a trace, which
-the evaluation does not play. Cells marked * were never looked at while our policy's constants were chosen, those marked ! are hard (at most
-12 Gbps, bursts, sessions). "ahead" means at least 10 % more goodput or 25 % lower P90 TTFT than the best of the paper's rules, and an
-interval of 95 % without 1 (so one seed is never ahead); "behind" means more than 1 % less goodput than the best static baseline.
+planner's best roles sustain in the cell, the same hardware for all, each baseline with the best parameter of its grid. Baselines are
+tuned, and the best of them and of the paper's rules chosen, on other seeds than those of the evaluation, and in the first third of a
+trace, which the evaluation does not play (each seed has a window of its own, so its runs may be shorter than --requests). Cells marked *
+were never looked at while our policy's constants were chosen, those marked ! are hard (at most 12 Gbps, bursts, sessions). "ahead" means
+at least 10 % more goodput or 25 % lower P90 TTFT than the best of the paper's rules, and an interval of 95 % without 1 (so one seed is
+never ahead); "behind" means more than 1 % less goodput than the best static baseline.
 `roles/ours` is what our policy gains where instances may change their roles while it runs.
 
 A second table compares with the baseline that keeps the SLO for the largest share, whatever the others wait: P90 TTFT, and the seconds
@@ -149,6 +150,8 @@ def main(argv: list[str]) -> None:
     print("\nthe same money in homogeneous clusters: at our arrivals, and at their own load\n" + equal_cost_table(verdicts))
     if not config.trace and "trace" in SUITES[SUITE.value][1]:
         print("\nno trace cells: --config.trace names no file")
+    for requests in sorted({v.requests for v in verdicts} - {contest.requests}):
+        print(f"\nruns of {requests} requests, all that its windows hold: {', '.join(v.cell for v in verdicts if v.requests == requests)}")
     hard = [v for v in verdicts if v.hard]
     result: dict[str, Any] = {
         "cells": len(verdicts),

@@ -30,6 +30,9 @@ SUITES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "full": (("100", "25", "12", "8", "5", "wave", "outage"), ("paper", "bursts", "sessions", "trace")),
 }
 
+# The shortest part of a trace that a run may play, in arrivals.
+LEAST_WINDOW = 50
+
 # Never looked at while the constants of our policy were chosen: a third of the full suite.
 HELD_OUT = frozenset(
     f"{link}/{load}"
@@ -73,11 +76,12 @@ def get_config() -> ConfigDict:
 def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
     """The cells of a suite, links by workloads. Trace cells need `config.trace`; without it there are none.
 
-    A trace is tuned on in its first third and played in the rest; each seed has a window of its own of the contest's `requests` (they
-    overlap where the file is too short for all), and the windows are what the planner sees too, with caches that begin as the runs' do.
+    A trace is tuned on in its first third and played in the rest. Each seed has a window of its own, of the contest's `requests` or as many
+    as fit side by side: windows that overlap would make intervals too narrow. The windows are what the planner sees too, with caches that
+    begin as the runs' do.
 
     Raises:
-        InvalidInput: an unknown suite, what `case_study` refuses, a trace whose first third is shorter than the contest's runs.
+        InvalidInput: an unknown suite, what `case_study` refuses, a trace too short for windows of `LEAST_WINDOW` arrivals.
     """
     if suite not in SUITES:
         raise InvalidInput("suite", suite, f"one of {', '.join(SUITES)}")
@@ -88,11 +92,12 @@ def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
         plan, states = _link(config, link)
         if link.isdecimal():
             case = dataclasses.replace(case, b_out=float(link) * GBPS)
-        workload, mix, tuning, tuning_mix, rate = loads[load]
+        workload, mix, tuning, tuning_mix, rate, requests = loads[load]
         hard = load in ("bursts", "sessions") or (link.isdecimal() and float(link) <= 12)
         plans = {("prfaas", "pd"): plan} if plan else {}
         name = f"{link}/{load}"
-        yield Cell(name, hard, name in HELD_OUT, topology_of(case, 1), mix, rate, workload, tuning, tuning_mix, plans, states)
+        roles = topology_of(case, 1)
+        yield Cell(name, hard, name in HELD_OUT, roles, mix, rate, workload, tuning, tuning_mix, plans, states, requests)
 
 
 def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[float, float], ...]]:
@@ -106,24 +111,24 @@ def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[f
     return None, ((float(name) * GBPS, 1.0),)
 
 
-# Workload and mix of the evaluation, those of the tuning, and the rate of both workloads in requests/s.
-Load = tuple[Workload, Mix, Workload, Mix, float]
+# Workload and mix of the evaluation, those of the tuning, the rate of both workloads in requests/s, and the requests of a run.
+Load = tuple[Workload, Mix, Workload, Mix, float, int]
 
 
 def _paper(config: ConfigDict, contest: Contest) -> Load:
-    return _independent(config, Poisson(1.0))
+    return _independent(config, Poisson(1.0), contest)
 
 
 def _bursts(config: ConfigDict, contest: Contest) -> Load:
     w = config.workload
-    return _independent(config, Bursty(1.0, w.burst_factor, w.burst_s, w.quiet_s))
+    return _independent(config, Bursty(1.0, w.burst_factor, w.burst_s, w.quiet_s), contest)
 
 
-def _independent(config: ConfigDict, process: Poisson | Bursty) -> Load:
+def _independent(config: ConfigDict, process: Poisson | Bursty, contest: Contest) -> Load:
     w = config.workload
     lengths = LogNormalLengths(w.mu, w.sigma, w.low, w.high)
     one = Synthetic(process, lengths, w.output_tokens), Mix.log_normal(lengths, w.output_tokens, 1 << 14)
-    return *one, *one, 1.0
+    return *one, *one, 1.0, contest.requests
 
 
 def _sessions(config: ConfigDict, contest: Contest) -> Load:
@@ -142,20 +147,22 @@ def _sessions(config: ConfigDict, contest: Contest) -> Load:
         lead_s=s.lead_s,
     )
     one = sessions, _mix(config, sessions, 16_000, (0,))[0]
-    return *one, *one, 1.0
+    return *one, *one, 1.0, contest.requests
 
 
 def _trace(config: ConfigDict, contest: Contest) -> Load:
-    path, requests = config.trace, contest.requests
+    path = config.trace
     end = sum(1 for _ in open_workload(path).arrivals(0))
     third = end // 3
-    if requests > third:
-        raise InvalidInput("contest.requests", requests, f"at most {third}, a third of {path}, in which the baselines are tuned")
+    requests = min(contest.requests, third // contest.tuning_seeds, (end - third) // contest.seeds)
+    if requests < LEAST_WINDOW:
+        expected = f"at least {LEAST_WINDOW} per seed: {contest.tuning_seeds} in its first third, {contest.seeds} after it"
+        raise InvalidInput("config.trace", f"{path}: {end} arrivals", expected)
     evaluation = open_workload(path, start=third, stop=end, requests=requests, windows=contest.seeds)
     tuning = open_workload(path, stop=third, requests=requests, windows=contest.tuning_seeds)
     mix, rate = _mix(config, evaluation, requests, range(contest.seeds))
     first_mix, first_rate = _mix(config, tuning, requests, range(contest.tuning_seeds))
-    return evaluation, mix, tuning.scaled(rate / first_rate), first_mix, rate
+    return evaluation, mix, tuning.scaled(rate / first_rate), first_mix, rate, requests
 
 
 def _mix(config: ConfigDict, workload: Workload, requests: int, seeds: Sequence[int]) -> tuple[Mix, float]:

@@ -51,6 +51,7 @@ class Cell:
         tuning_mix: of `tuning`; it is played at the same share of what the roles sustain of this.
         links: how links change.
         states: the bytes/s of the first link and the share of time that it has them, for the planner.
+        requests: of each run; the contest's, or fewer where a trace is too short for a window of its own per seed.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Cell:
     tuning_mix: Mix
     links: Mapping[tuple[str, str], LinkPlan]
     states: tuple[tuple[float, float], ...]
+    requests: int
 
 
 def plan_cell(cell: Cell) -> tuple[Topology, float]:
@@ -158,6 +160,7 @@ class Verdict:
         hard: see Cell.
         held_out: see Cell.
         load_rps: arrivals per second.
+        requests: of each run.
         n_p: prefill instances of the region.
         best_static: the baseline with most goodput on the tuning seeds.
         paper: the paper's rule with most goodput on the tuning seeds.
@@ -177,6 +180,7 @@ class Verdict:
     hard: bool
     held_out: bool
     load_rps: float
+    requests: int
     n_p: int
     best_static: str
     paper: str
@@ -236,7 +240,7 @@ class Contest:
         rate = self.load * most
 
         def run(workload: Workload) -> Callable[[Contender, int], Run]:
-            return lambda one, seed: Run(ground, workload, *one, seed, self.requests, cell.links)
+            return lambda one, seed: Run(ground, workload, *one, seed, cell.requests, cell.links)
 
         # Without prefixes two of the paper's rules are one.
         baselines = [n for n in CONTENDERS if n not in (OURS, ROLES) and (n != "paper_prefix" or cell.workload.block_tokens)]
@@ -258,7 +262,7 @@ class Contest:
 
         def homogeneous(one: Contender, seed: int) -> Run:
             at = cell.workload.scaled(one[1] / cell.rate)
-            return Run(same_money, at, "always_local", 0.0, seed, self.requests, slo_topology=topology)
+            return Run(same_money, at, "always_local", 0.0, seed, cell.requests, slo_topology=topology)
 
         others = self._run(list(loads.items()), seeds, homogeneous, f"{label}: equal cost")
         theirs, own = ({"load_rps": one[1], **means(others[one])} for one in loads.items())
@@ -294,6 +298,7 @@ def _verdict(
         hard=cell.hard,
         held_out=cell.held_out,
         load_rps=rate,
+        requests=cell.requests,
         n_p=topology.regions[0].prefill,
         best_static=tuned.static[0],
         paper=tuned.paper[0],

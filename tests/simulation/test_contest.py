@@ -253,9 +253,21 @@ def test_a_trace_is_tuned_on_in_its_first_third_and_played_in_the_rest(trace):
     assert rate == pytest.approx(cell.rate, rel=0.03) and cell.tuning_mix.mean(cell.tuning_mix.output) == mix.mean(mix.output) == 50.5
 
 
-def test_runs_longer_than_a_third_of_the_trace_are_refused(trace):
-    with pytest.raises(InvalidInput, match=r"contest.requests=101: expected at most 100, a third of"):
-        list(study.cells(trace, "full", dataclasses.replace(TINY, requests=101)))
+def test_windows_of_a_trace_never_overlap(trace):
+    """They did for longer runs, and 95 % intervals were of fewer arrivals than they claimed."""
+    contest = dataclasses.replace(TINY, requests=2000, seeds=3, tuning_seeds=2)
+    cell = next(cell for cell in study.cells(trace, "full", contest) if cell.name == "8/trace")
+    assert cell.requests == 50
+    for workload, seeds in ((cell.workload, range(2000, 2003)), (cell.tuning, (1000, 1001))):
+        played = [[row.output_tokens for row in workload.arrivals(seed)] for seed in seeds]
+        assert all(len(rows) == 50 for rows in played) and len({x for rows in played for x in rows}) == 50 * len(played)
+    paper = next(cell for cell in study.cells(trace, "full", contest) if cell.name == "8/paper")
+    assert paper.requests == 2000
+
+
+def test_a_trace_without_room_for_its_windows_is_refused(trace):
+    with pytest.raises(InvalidInput, match=r"config.trace='.*: 300 arrivals': expected at least 50 per seed: 3 in its first third"):
+        list(study.cells(trace, "full", dataclasses.replace(TINY, tuning_seeds=3)))
 
 
 # --- roles -------------------------------------------------------------------------------------------------------------------------
