@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int64
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.profiles import Instance, PrefillTime
 from prfaas_jax.scheduling.topology import Topology
-from prfaas_jax.scheduling.view import ClusterView, Request
+from prfaas_jax.scheduling.view import ClusterView, Links, Load, Request
 
 
 class Paths(NamedTuple):
@@ -83,42 +83,63 @@ class _Rows:
 
 
 class Scene:
-    """A view in the order of `Paths`: what follows from columns that seldom change, and what changes, copied at each call."""
+    """A view in the order of `Paths`: what follows from columns that seldom change, and what changes, read at each call.
 
-    def __init__(self, view: ClusterView, of: tuple[bytes, ...], near: _Rows, far: _Rows):
+    Raises InvalidInput for a view without loads or links.
+    """
+
+    def __init__(self, view: ClusterView, near: _Rows, far: _Rows):
         decode, prefill, links = view.decode, view.prefill, view.links
-        assert decode.load is not None and prefill.load is not None and links is not None  # Predictor.scene checked
-        self.names, self.of, self.near, self.far = (prefill.names, decode.names), of, near, far
+        if prefill.load is None or decode.load is None or links is None:
+            raise InvalidInput("view", (prefill.load, decode.load, links), "loads and links: this policy predicts from them")
+        self.view, self.near, self.far = view, near, far
         n, m = len(decode.names), len(prefill.names)
-        self.regions = n
+        self.regions, self.rows = n, n + m
         shut = (decode.load.instances == 0) | ~decode.healthy
         no_way = (links.bytes_per_s == 0) | (links.transfer_bytes_per_s == 0) | ~decode.healthy
         no_way |= (~prefill.healthy | (prefill.load.instances == 0))[:, None]
         self.closed = np.where(np.vstack([shut, no_way]), math.inf, 0.0)
         self.delay_s = np.vstack([np.zeros(n), links.rtt_s / 2]) + self.closed
         # Seconds per byte; closed paths are infinite by their delay.
-        self.link_s = np.vstack([np.zeros(n), _inverse(links.bytes_per_s)])
+        self.link_s = _inverse(links.bytes_per_s)
         self.transfer_s = np.vstack([_inverse(near.local_bytes_per_s), _inverse(links.transfer_bytes_per_s)])
         self.slots = np.maximum(decode.load.slots, 1.0)
         self.chunk_s = np.concatenate([near.chunk_s, far.chunk_s])
         self.instances = np.maximum(np.concatenate([decode.load.instances, prefill.load.instances]), 1.0)
         self._row = np.vstack([np.arange(n), np.repeat(n + np.arange(m), n).reshape(m, n)])
         self.half, self._zeros, self.turns = np.full(n + m, 0.5), np.zeros((2, n + m)), np.empty(n + m)
-        self._queues, self._placed = np.empty((4, n + m)), np.zeros((2, m + 1, n))
         # A table costs less to fill and multiply than a number costs to multiply by, and far less than a row to broadcast.
         self.sent, self.tail = np.empty((2, m + 1, n))
-        self._times = self._queues[:2]
-        self.free_s, self.waiting_s, self.jobs, self.fresh = self._queues  # from now, not below 0
-        self.pending, self.pending_bytes = self._placed
+        self.crossed = np.zeros((m + 1, n))
+        self._sent, self._crossed = self.sent[1:], self.crossed[1:]
+        # Those of the view, which its driver writes into.
+        self._pending, self.pending_bytes, self.waiting = links.pending, links.pending_bytes, decode.load.waiting
+        self._near_queues, self._far_queues = decode.load.table[Load.QUEUES], prefill.load.table[Load.QUEUES]
+        queues = np.empty((4, n + m))
+        self._near, self._far, self._times = queues[:, :n], queues[:, n:], queues[:2]
+        self.free_s, self.waiting_s, self.jobs, self.fresh = queues  # from now, not below 0
+        tables = prefill.load.table[Load.SELDOM], decode.load.table[Load.SELDOM], links.table[Links.SELDOM]
+        self._seldom = *tables, prefill.healthy, decode.healthy
+        self._made_of = list(map(np.ndarray.tobytes, self._seldom))
 
-    def read(self, view: ClusterView, now: float) -> None:
-        """Copies what changes."""
-        decode, prefill, links, n = view.decode.load, view.prefill.load, view.links, self.regions
-        assert decode is not None and prefill is not None and links is not None  # Predictor.scene checked
-        self._queues[:, :n], self._queues[:, n:] = decode.table[decode.QUEUES], prefill.table[prefill.QUEUES]
-        self._placed[:, 1:] = links.table[links.PLACED]
+    def read(self, now: float) -> bool:
+        """Copies the queues; False where a column that seldom changes has changed, and another scene must be made."""
+        self._near[...], self._far[...] = self._near_queues, self._far_queues
         self._times -= now
         np.maximum(self._times, self._zeros, out=self._times)
+        return list(map(np.ndarray.tobytes, self._seldom)) == self._made_of
+
+    def cross(self, sent: float | Float64[np.ndarray, " decode"], tail: float | Float64[np.ndarray, " decode"]) -> None:
+        """Fills the tables of a request that sends so many bytes, the last `tail` of them after its prefill.
+
+        `crossed` is then the seconds until all have crossed links that others use too.
+        """
+        self.sent[...], self.tail[...] = sent, tail
+        crossed = self._crossed
+        np.multiply(self._pending, self._sent, out=crossed)
+        np.minimum(crossed, self.pending_bytes, out=crossed)
+        crossed += self._sent
+        crossed *= self.link_s
 
     def over_paths(self, rows: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, "paths decode"]:
         """A column of rows as a table of paths: a view of it where there is one region."""
@@ -147,23 +168,21 @@ class Predictor:
 
     def paths(self, request: Request, view: ClusterView, now: float) -> Paths:
         """All paths. Raises InvalidInput for a view without loads or links, or with names that the topology does not have."""
-        return self.paths_in(self.scene(view, now), request, view)
+        return self.paths_in(self.scene(view, now), request)
 
-    def paths_in(self, scene: Scene, request: Request, view: ClusterView) -> Paths:
-        """`paths` of a scene that has just been read from the view."""
-        near = view.decode.load
-        assert near is not None  # scene() checked
+    def paths_in(self, scene: Scene, request: Request) -> Paths:
+        """`paths` of a scene that has just been read."""
         tokens, chunk, n = request.tokens, self._chunk, scene.regions
         held, far_held = _plain(request.cached_decode), _plain(request.cached_prefill)
-        sent = tail = self._bytes(tokens, held)
+        sent = tail = self.kv.bytes(tokens, held) if isinstance(held, int) else self.kv.bytes_of(tokens, held)
         if self._overlap:
             before = tokens - (tokens % chunk or min(tokens, chunk))
             if _most(held) <= before:
-                tail = self._bytes(tokens, before)
+                tail = self.kv.bytes(tokens, before)
             elif not isinstance(held, int):
-                tail = self._bytes(tokens, np.maximum(held, before))
+                tail = self.kv.bytes_of(tokens, np.maximum(held, before))
 
-        work = np.empty(len(scene.jobs))
+        work = np.empty(scene.rows)
         alone_s = min(_work(scene.near, tokens, held, work[:n]), _work(scene.far, tokens, far_held, work[n:]))
         # Seconds, besides its own work, until a prompt of that many chunks is computed.
         chunks = np.minimum(scene.jobs, scene.half)
@@ -176,18 +195,14 @@ class Predictor:
         np.minimum(chunks, scene.free_s, out=chunks)
         chunks += work
 
-        scene.sent[...], scene.tail[...] = sent, tail
-        crossed = scene.pending * scene.sent
-        np.minimum(crossed, scene.pending_bytes, out=crossed)
-        crossed += scene.sent
-        crossed *= scene.link_s
+        scene.cross(sent, tail)
         ttft = scene.tail * scene.transfer_s
         ttft += scene.over_paths(chunks)
-        np.maximum(ttft, crossed, out=ttft)
+        np.maximum(ttft, scene.crossed, out=ttft)
         ttft += scene.delay_s
-        if n and near.waiting.item(near.waiting.argmax()) > 0:
+        if any(scene.waiting.tolist()):
             # Every path of a region waits for its decode slots; it only tells regions apart.
-            ttft += near.waiting / scene.slots
+            ttft += scene.waiting / scene.slots
         return Paths(ttft, work, sent, alone_s)
 
     def copy(self, scene: Scene, request: Request, path: int) -> Copy | None:
@@ -196,30 +211,25 @@ class Predictor:
         A remote path may copy what its region holds, a local one what the prefill cluster holds that holds most.
         """
         row, d = divmod(path, scene.regions)
-        own, other, link, time = request.held_by_prefill(row - 1), request.held_by_decode(d), row, scene.far.times[row - 1]
+        far, near = request.cached_prefill, request.cached_decode
+        link = row or (1 if isinstance(far, int) else 1 + int(far.argmax()))
+        own = far if isinstance(far, int) else far.item(link - 1)
+        other = near if isinstance(near, int) else near.item(d)
+        time = scene.far.times[row - 1]
         if not row:
-            far = request.cached_prefill
-            link, time = 1 if isinstance(far, int) else 1 + int(far.argmax()), scene.near.times[d]
-            own, other = other, request.held_by_prefill(link - 1)
+            own, other, time = other, own, scene.near.times[d]
         if other <= own:
             return None
         saved, size = time.growth(other) - time.growth(own), self.kv.bytes(other, own)
         gain = saved - size * scene.transfer_s.item(link, d) - scene.delay_s.item(link, d)
         return Copy(other - own, saved, gain, 0.0 if row else size, link) if gain > 0 else None
 
-    def _bytes(self, tokens: int, held: int | Int64[np.ndarray, " decode"]) -> float | Float64[np.ndarray, " decode"]:
-        return float(self.kv.bytes(tokens, held)) if isinstance(held, int) else self.kv.bytes_of(tokens, held)
-
     def scene(self, view: ClusterView, now: float) -> Scene:
-        """Read anew, and made anew when a column that seldom changes has changed. InvalidInput as `paths`."""
-        far, near, links, scene = view.prefill.load, view.decode.load, view.links, self._scene
-        if far is None or near is None or links is None:
-            raise InvalidInput("view", (far, near, links), "loads and links: this policy predicts from them")
-        seldom = far.table[far.SELDOM], near.table[near.SELDOM], links.table[links.SELDOM], view.prefill.healthy, view.decode.healthy
-        of = tuple([columns.tobytes() for columns in seldom])
-        if scene is None or of != scene.of or scene.names[0] is not view.prefill.names or scene.names[1] is not view.decode.names:
-            scene = self._scene = Scene(view, of, self._rows(view.decode.names), self._rows(view.prefill.names))
-        scene.read(view, now)
+        """Read anew, and made anew for another view or when a column that seldom changes has changed. InvalidInput as `paths`."""
+        scene = self._scene
+        if scene is None or scene.view is not view or not scene.read(now):
+            scene = self._scene = Scene(view, self._rows(view.decode.names), self._rows(view.prefill.names))
+            scene.read(now)
         return scene
 
     def _rows(self, names: tuple[str, ...]) -> _Rows:
@@ -239,7 +249,9 @@ def _plain(cached: int | Int64[np.ndarray, " rows"]) -> int | Int64[np.ndarray, 
     """One number where all rows have the same."""
     if isinstance(cached, int):
         return cached
-    return cached if len(cached) > 1 and _most(cached) else int(cached.max(initial=0))
+    if len(cached) == 1:
+        return int(cached.item())
+    return cached if len(cached) and _most(cached) else 0
 
 
 def _least(cached: int | Int64[np.ndarray, " rows"]) -> int:
@@ -255,6 +267,10 @@ def _work(rows: _Rows, tokens: int, cached: int | Int64[np.ndarray, " rows"], wo
     alone_s = math.inf
     for time, where in rows.profiles:
         whole = time.start_s + time.growth(tokens)
-        alone_s = min(alone_s, whole)
-        work[where] = whole - (time.growth(cached) if isinstance(cached, int) else time.growth_of(cached[where]))
+        if whole < alone_s:
+            alone_s = whole
+        if not isinstance(cached, int):
+            work[where] = whole - time.growth_of(cached[where])
+        else:
+            work[where] = whole - time.growth(cached) if cached else whole
     return alone_s

@@ -21,7 +21,7 @@ class LeastTtft:
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The fastest path, local at a tie."""
         scene = self.predictor.scene(view, now)
-        ttft = self.predictor.paths_in(scene, request, view).ttft_s
+        ttft = self.predictor.paths_in(scene, request).ttft_s
         copies = _copies(self.predictor, scene, request, ttft)
         for path, copy in copies.items():
             ttft.flat[path] -= copy.gain_s
@@ -98,7 +98,7 @@ class ShadowPrice:
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The cheapest of the paths that keep the SLO; the cheapest of all where none does."""
         scene = self.predictor.scene(view, now)
-        paths = self.predictor.paths_in(scene, request, view)
+        paths = self.predictor.paths_in(scene, request)
         table, ttft, work = self._table(scene), paths.ttft_s, paths.work_s
         slo = self.slo_scale * paths.alone_s + self.slo_base_s
 
@@ -110,7 +110,7 @@ class ShadowPrice:
         if longest < self.busy_s:
             # Links that are down are no path; their queue counts for nobody.
             longest = max(longest, _most_of(scene.pending_bytes * scene.link_s))
-        busy = min(1.0, longest / self.busy_s)
+        busy = longest / self.busy_s
 
         cost = scene.over_paths(work * prices)
         if table.links is not None:
@@ -143,7 +143,7 @@ class ShadowPrice:
         known: dict[str, _Table] = self._tables  # type: ignore[attr-defined]
         table = known.get("last")
         if table is None or table.scene is not scene:
-            far, near = scene.names
+            far, near = scene.view.prefill.names, scene.view.decode.names
             rows = np.array([self.prices.prefill.get(name, 0.0) for name in (*near, *far)])
             links = np.array([[self.prices.links.get((p, d), 0.0) for d in near] for p in far]).reshape(len(far), len(near))
             mean = sum(rows.tolist()) / len(rows) if len(rows) else 0.0
@@ -168,9 +168,12 @@ def _copies(predictor: Predictor, scene: Scene, request: Request, cost: np.ndarr
     if one_sided or (isinstance(far, int) and isinstance(near, int) and far == near):
         return {}
     open_cost = cost + scene.closed
-    paths = int(open_cost[0].argmin()), scene.regions + int(open_cost[1:].argmin())
-    found = ((path, predictor.copy(scene, request, path)) for path in paths)
-    return {path: copy for path, copy in found if copy is not None}
+    found = {}
+    for path in (int(open_cost[0].argmin()), scene.regions + int(open_cost[1:].argmin())):
+        copy = predictor.copy(scene, request, path)
+        if copy is not None:
+            found[path] = copy
+    return found
 
 
 def _choose(view: ClusterView, ttft: np.ndarray, cost: np.ndarray, copies: Mapping[int, Copy], name: str) -> Placement:
