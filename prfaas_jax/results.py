@@ -69,8 +69,10 @@ class Workdir:
     """The folder of one run. Files appear whole or not at all, and a finished run is not overwritten by accident."""
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool = False):
-        """Makes the folder. Raises InvalidInput when it is no folder, or holds a finished run and `overwrite` is False."""
+        """Makes the folder. Raises InvalidInput when it has no name, is no folder, or holds a finished run and `overwrite` is False."""
         self.path = Path(path)
+        if not os.fspath(path):
+            raise InvalidInput("workdir", path, "a folder: an empty name would fill the current one")
         if self.path.exists() and not self.path.is_dir():
             raise InvalidInput("workdir", str(path), "a folder")
         if not overwrite and (self.path / "summary.json").exists():

@@ -106,6 +106,8 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(InvalidInput, match=r"workdir=.*summary\.json"):
         Workdir(tmp_path)
     Workdir(tmp_path, overwrite=True).write_summary({"n": 2})
+    with pytest.raises(InvalidInput, match="workdir=''"):  # it filled the current folder
+        Workdir("", overwrite=True)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(InvalidInput, match="a folder"):
