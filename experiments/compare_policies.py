@@ -1,6 +1,6 @@
 """Every placement policy on the same clusters, links and workloads: who keeps the SLO for most requests.
 
-    python -m experiments.compare_policies [--suite=smoke|paper|full] [--processes=2] [--config.trace=mooncake_conversation_trace.jsonl.gz]
+    python -m experiments.compare_policies [--suite=smoke|paper|full] [--only=8/*,wave/paper] [--processes=2] [--config.trace=FILE]
 
 The rules are those of `prfaas_jax.simulation.contest`: SLO TTFT <= 3 x unloaded T(l) + 0.5 s and TPOT <= 50 ms, 0.9 of the load that the
 planner's best roles sustain in the cell, the same hardware for all, each baseline with the best parameter of its grid. Baselines are
@@ -18,6 +18,7 @@ SLO, at the same arrivals and at 0.9 of what their own planner says. The last li
 """
 
 import dataclasses
+import fnmatch
 import json
 import math
 from pathlib import Path
@@ -27,14 +28,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs.studies.contest import SUITES, cells
+from prfaas_jax.errors import InvalidInput
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
-from prfaas_jax.simulation.contest import OURS, Contest, Verdict
+from prfaas_jax.simulation.contest import OURS, Cell, Contest, Verdict
 from prfaas_jax.simulation.runs import Estimate
 from prfaas_jax.simulation.scenario import SimOptions
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/studies/contest.py", "the study", lock_config=True)
 SUITE = flags.DEFINE_enum("suite", "smoke", sorted(SUITES), "which cells")
+ONLY = flags.DEFINE_list("only", [], "cells of the suite to play, such as 8/paper or outage/*; default: all")
 SEEDS = flags.DEFINE_integer("seeds", None, "seeds of the evaluation; default: 2 for smoke, else 5", lower_bound=1)
 TUNING_SEEDS = flags.DEFINE_integer("tuning_seeds", None, "seeds of the tuning; default: 1 for smoke, else 3", lower_bound=1)
 REQUESTS = flags.DEFINE_integer("requests", None, "requests per run; default: 1500 for smoke, else 4000", lower_bound=100)
@@ -123,6 +126,15 @@ def draw(workdir: Path) -> None:
     plt.close(figure)
 
 
+def chosen(suite: list[Cell], only: list[str]) -> list[Cell]:
+    """The cells whose names match one of the patterns, all without any; InvalidInput for a pattern that matches none."""
+    names = [cell.name for cell in suite]
+    for pattern in only:
+        if not fnmatch.filter(names, pattern):
+            raise InvalidInput("only", pattern, f"cells of the suite: {', '.join(names)}")
+    return [cell for cell in suite if not only or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)]
+
+
 def main(argv: list[str]) -> None:
     """Flags to cells, the contest, its tables, files and headline."""
     del argv
@@ -137,21 +149,26 @@ def main(argv: list[str]) -> None:
         load=config.load,
         processes=PROCESSES.value,
     )
-    todo = list(cells(config, SUITE.value, contest))
+    todo = chosen(list(cells(config, SUITE.value, contest)), ONLY.value)
     workdir = Workdir(WORKDIR.value, overwrite=True)
-    workdir.write_config({**config.to_dict(), "contest": dataclasses.asdict(contest), "suite": SUITE.value})
+    workdir.write_config({**config.to_dict(), "contest": dataclasses.asdict(contest), "suite": SUITE.value, "only": ONLY.value})
     workdir.write_env()
     verdicts: list[Verdict] = []
     for verdict in contest.judge(todo):
         verdicts.append(verdict)
         workdir.write_json("cells.json", [_plain(v) for v in verdicts])  # a long run that is stopped keeps what it has
-    print(table(verdicts))
-    print("\nwho keeps the SLO for the largest share, whatever the others wait\n" + share_table(verdicts))
-    print("\nthe same money in homogeneous clusters: at our arrivals, and at their own load\n" + equal_cost_table(verdicts))
-    if not config.trace and "trace" in SUITES[SUITE.value][1]:
-        print("\nno trace cells: --config.trace names no file")
+    tables = [
+        table(verdicts),
+        "who keeps the SLO for the largest share, whatever the others wait\n" + share_table(verdicts),
+        "the same money in homogeneous clusters: at our arrivals, and at their own load\n" + equal_cost_table(verdicts),
+    ]
+    if not config.trace and not ONLY.value and "trace" in SUITES[SUITE.value][1]:
+        tables.append("no trace cells: --config.trace names no file")
     for requests in sorted({v.requests for v in verdicts} - {contest.requests}):
-        print(f"\nruns of {requests} requests, all that its windows hold: {', '.join(v.cell for v in verdicts if v.requests == requests)}")
+        names = ", ".join(v.cell for v in verdicts if v.requests == requests)
+        tables.append(f"runs of {requests} requests, all that its windows hold: {names}")
+    print(*tables, sep="\n\n")
+    workdir.write_text("tables.txt", "\n\n".join(tables) + "\n")
     hard = [v for v in verdicts if v.hard]
     result: dict[str, Any] = {
         "cells": len(verdicts),

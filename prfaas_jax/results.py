@@ -106,6 +106,13 @@ class Workdir:
             writer.writerows(rows)
         return path
 
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes `text` to the file `name` in this folder."""
+        path = self.path / name
+        with _atomic(path) as file:
+            file.write(text)
+        return path
+
     def write_json(self, name: str, value: object) -> Path:
         """Writes `value` to the file `name` in this folder."""
         return _write_json(self.path / name, value)

@@ -17,7 +17,7 @@ from prfaas_jax.scheduling.mix import LogNormalLengths, Mix
 from prfaas_jax.scheduling.planner import topology_of
 from prfaas_jax.scheduling.topology import GBPS
 from prfaas_jax.simulation.clusters import prefix_caches
-from prfaas_jax.simulation.contest import Cell, Contest
+from prfaas_jax.simulation.contest import Cell, Contest, plan_cell
 from prfaas_jax.simulation.scenario import LinkPlan, SimOptions, SquareWave, Steps
 from prfaas_jax.simulation.traces import open_workload
 from prfaas_jax.simulation.workload_mix import workload_mix
@@ -54,8 +54,7 @@ def get_config() -> ConfigDict:
     config.sim.prefill_cache_bytes = 2e12
     config.sim.decode_cache_bytes = 4e12
     config.wave_low_gbps = 5.0
-    config.outage_at_s = 300.0  # and again after each `outage_every_s`
-    config.outage_every_s = 900.0
+    config.outage_at = 0.25  # share of a run's arrivals that come before it
     config.outage_s = 60.0
     config.sessions = {
         "first_mu": 8.5,
@@ -97,18 +96,22 @@ def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
         plans = {("prfaas", "pd"): plan} if plan else {}
         name = f"{link}/{load}"
         roles = topology_of(case, 1)
-        yield Cell(name, hard, name in HELD_OUT, roles, mix, rate, workload, tuning, tuning_mix, plans, states, requests)
+        cell = Cell(name, hard, name in HELD_OUT, roles, mix, rate, workload, tuning, tuning_mix, plans, states, requests)
+        if link == "outage":
+            # Runs take from 3 minutes to 20: at one time for all it would miss some, and end others.
+            begins = config.outage_at * requests / (contest.load * plan_cell(cell)[1])
+            plan = Steps(((begins, 0.0), (begins + config.outage_s, config.link_gbps * GBPS)))
+            cell = dataclasses.replace(cell, links={("prfaas", "pd"): plan})
+        yield cell
 
 
 def _link(config: ConfigDict, name: str) -> tuple[LinkPlan | None, tuple[tuple[float, float], ...]]:
+    """How the link changes, but for an outage, whose time depends on the cell; and its states, as of `Cell.states`."""
     full = config.link_gbps * GBPS
     if name == "wave":
         low = config.wave_low_gbps * GBPS
         return SquareWave(low, config.wave_period_s), ((full, 0.5), (low, 0.5))
-    if name == "outage":
-        starts = [config.outage_at_s + i * config.outage_every_s for i in range(100)]
-        return Steps(tuple(step for at in starts for step in ((at, 0.0), (at + config.outage_s, full)))), ((full, 1.0),)
-    return None, ((float(name) * GBPS, 1.0),)
+    return None, ((full if name == "outage" else float(name) * GBPS, 1.0),)
 
 
 # Workload and mix of the evaluation, those of the tuning, the rate of both workloads in requests/s, and the requests of a run.

@@ -39,8 +39,9 @@ def test_a_small_contest_leaves_cells_summary_and_picture(tmp_path):
     assert any(line.startswith("12/bursts* !") for line in text) and sum(line.startswith("12/sessions* !") for line in text) == 3
     assert any("same money" in line for line in text) and any("largest share" in line for line in text)
 
-    names = ["cells.json", "config.json", "env.json", "figure.png", "summary.json"]
+    names = ["cells.json", "config.json", "env.json", "figure.png", "summary.json", "tables.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "tables.txt").read_text().splitlines() == text
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert [cell["cell"] for cell in cells] == ["12/bursts", "12/sessions"] and all(cell["hard"] for cell in cells)
@@ -53,16 +54,22 @@ def test_a_small_contest_leaves_cells_summary_and_picture(tmp_path):
 
 
 def test_one_seed_has_no_interval(tmp_path):
-    done = compare("--seeds=1", f"--workdir={tmp_path}")
+    done = compare("--seeds=1", "--only=*/bursts", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "cells.json").read_text())
     assert all("half_width" not in cell[field] for cell in cells for field in ("vs_paper", "share_vs_best", "roles_vs_ours"))
+    assert [cell["cell"] for cell in cells] == ["12/bursts"]
     assert not any(cell["ahead"] for cell in cells), "without an interval nobody is ahead"
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--config.n_pd=0", "error: config.n_pd=0"), ("--config.load=0.0", "error: "), ("--config.sim.slo_scale=0.0", "error: slo_scale=0.0")],
+    [
+        ("--only=9/*", "error: only='9/*': expected cells of the suite: 12/bursts, 12/sessions"),
+        ("--config.n_pd=0", "error: config.n_pd=0"),
+        ("--config.load=0.0", "error: "),
+        ("--config.sim.slo_scale=0.0", "error: slo_scale=0.0"),
+    ],
 )
 def test_bad_flags_are_refused(flag, message, tmp_path):
     done = compare(flag, f"--workdir={tmp_path}")

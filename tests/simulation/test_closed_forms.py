@@ -121,6 +121,7 @@ def test_the_recursion_has_the_mean_of_the_closed_form(servers, load, exponentia
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("servers", "load", "exponential"), [(1, 0.5, True), (4, 0.7, True), (1, 0.8, False)])
 def test_the_simulator_alone_has_the_mean_of_the_closed_form(servers, load, exponential):
     """The same without the recursion between them: as many requests as a 95 % interval of less than 2 % to either side takes."""

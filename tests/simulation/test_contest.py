@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from prfaas_jax.simulation.runs import Estimate, Run, prepare
 from prfaas_jax.simulation.scenario import SimOptions, SquareWave, Steps
 from prfaas_jax.simulation.workload_mix import workload_mix
 
+MOONCAKE = Path(__file__).resolve().parents[2].parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl.gz"
 CONFIG = study.get_config()
 CONFIG.sessions.lead_s = 150.0  # shorter than the study's, for speed
 OPTIONS = SimOptions(**CONFIG.sim.to_dict())
@@ -52,7 +54,8 @@ def test_links_change_as_their_names_say():
     (plan,) = wave.links.values()
     assert isinstance(plan, SquareWave) and plan.low == 5 * GBPS and sum(share for _, share in wave.states) == 1
     (plan,) = outage.links.values()
-    assert isinstance(plan, Steps) and plan.steps[:3] == ((300.0, 0.0), (360.0, 100 * GBPS), (1200.0, 0.0))
+    quarter_s = 0.25 * TINY.requests / (TINY.load * plan_cell(outage)[1])
+    assert isinstance(plan, Steps) and plan.steps == ((quarter_s, 0.0), (quarter_s + 60, 100 * GBPS))
     topology = wave.topology
     assert set(wave.links) == set(outage.links) == {(topology.prefill[0].name, topology.regions[0].name)}
 
@@ -251,6 +254,19 @@ def test_a_trace_is_tuned_on_in_its_first_third_and_played_in_the_rest(trace):
     whole = dataclasses.replace(cell.tuning, requests=None, windows=1)
     mix, rate = workload_mix(whole)
     assert rate == pytest.approx(cell.rate, rel=0.03) and cell.tuning_mix.mean(cell.tuning_mix.output) == mix.mean(mix.output) == 50.5
+
+
+@pytest.mark.skipif(not MOONCAKE.is_file(), reason=f"{MOONCAKE} is not there")
+def test_an_outage_begins_and_ends_within_the_runs_of_its_cell():
+    """Of a trace they were over before it came: the cell was that without an outage."""
+    config = study.get_config()
+    config.trace = str(MOONCAKE)
+    contest = dataclasses.replace(TINY, requests=3000, seeds=5, tuning_seeds=3)
+    for cell in study.cells(config, "full", contest):
+        if cell.name in ("outage/sessions", "outage/trace"):
+            (plan,) = cell.links.values()
+            seconds = cell.requests / (0.9 * plan_cell(cell)[1])
+            assert plan.steps[0][0] == pytest.approx(seconds / 4) and plan.steps[1][0] < 0.7 * seconds < 400, cell.name
 
 
 def test_windows_of_a_trace_never_overlap(trace):
