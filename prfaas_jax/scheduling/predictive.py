@@ -57,14 +57,15 @@ class ShadowPrice:
     """Ours: of the paths that keep the SLO, the one that takes least of what is scarce.
 
     Paths that are predicted to meet the request's budget (its SLO, with a `margin` for what predictions miss) come first. Among them, the
-    busier the system, the more it counts what a path takes, and the less how fast it is. What it takes: its prefill seconds and link bytes,
-    at the shadow prices of the throughput program; prices say what is scarce in the long run. A second on instances for which work waits
-    costs `queue_price` more per second of that work: it says what is scarce now. What waits for a link is not priced, since the link may
-    be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case. It goes where it takes
-    least from others, and a prefill cluster looks the cheaper the more work waits there: late requests gather where others are late
-    already, and the rest of the system stays in time. A prefix that only the other side holds is copied where that is faster than to
-    compute it, and the path counts as what it is then. So long prompts drift to the fast cluster and short ones stay, as with a threshold,
-    but nobody misses the SLO for the sake of the rule, and there is no threshold to tune.
+    busier the system, the more it counts what a path takes, and the less how fast it is. What it takes: its prefill seconds and link
+    bytes, at the shadow prices of the throughput program; prices say what is scarce in the long run. A second on instances for which work
+    waits costs `queue_price` more per second of that work: it says what is scarce now. What waits for a link is not priced, since the link
+    may be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case. It goes where it
+    takes least from others, and a prefill cluster looks the cheaper the more work waits there, as does a region that is further behind
+    than all clusters and links (an outage is over): late requests gather where others are late already, and the rest stays in time. A
+    prefix that only the other side holds is copied where that is faster than to compute it, and the path counts as what it is then. So
+    long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO for the sake of the rule,
+    and there is no threshold to tune.
 
     Attributes:
         predictor: of TTFT.
@@ -74,7 +75,7 @@ class ShadowPrice:
         margin: share of the SLO that a prediction may use.
         slo_scale: the SLO is slo_scale * T + slo_base_s, with T the prefill time of the whole prompt on the fastest instance.
         slo_base_s: see there.
-        gather_s: to a late request every so many seconds of work waiting on a prefill cluster divide its cost by e.
+        gather_s: to a late request every so many seconds of work waiting where late requests gather divide its cost by e.
     """
 
     predictor: Predictor
@@ -133,9 +134,7 @@ class ShadowPrice:
             if _least_of(ttft) <= budget:
                 cost += (ttft > budget) * NEVER
             else:
-                waiting = scene.waiting_s / -self.gather_s
-                waiting[: scene.regions] = 0.0
-                cost *= scene.over_paths(np.exp(waiting))
+                cost *= np.exp(_late(scene) / -self.gather_s)
                 cost += scene.closed
         return _choose(view, ttft, cost, copies, "shadow_price")
 
@@ -159,6 +158,15 @@ def _most_of(values: np.ndarray) -> float:
 
 def _least_of(values: np.ndarray) -> float:
     return float(values.item(values.argmin())) if values.size else math.inf
+
+
+def _late(scene: Scene) -> np.ndarray:
+    """Seconds of waiting work that make a path one where late requests gather: all of a cluster's, what a region has beyond those."""
+    late = scene.over_paths(scene.waiting_s).copy()
+    # What has piled up at a link is on the way to a cluster, too; what cannot be reached is nobody's choice.
+    far = np.where(scene.closed[1:] > 0, 0.0, late[1:] + scene.pending_bytes * scene.link_s)
+    late[0] = np.maximum(late[0] - far.max(axis=0, initial=0.0), 0.0)
+    return late
 
 
 def _copies(predictor: Predictor, scene: Scene, request: Request, cost: np.ndarray) -> dict[int, Copy]:

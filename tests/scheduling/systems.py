@@ -7,13 +7,27 @@ from configs.studies import case_study, mix_of
 from configs.studies.paper_case import get_config
 from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.mix import Mix
-from prfaas_jax.scheduling.profiles import FittedDecode, FittedPrefill, Instance
+from prfaas_jax.scheduling.profiles import FittedDecode, FittedPrefill, Instance, MeasuredPrefill
 from prfaas_jax.scheduling.throughput import CaseStudy
-from prfaas_jax.scheduling.topology import Topology
+from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology
 from prfaas_jax.scheduling.view import ClusterView, Links, Load, Servers
 
 PAPER = case_study(get_config())
 PAPER_MIX = mix_of(get_config())
+
+KV = KvFootprint(182_353_920, 17_280)
+FAST = Instance("fast", FittedPrefill(0.48, 0.4, 0.01))
+SLOW = Instance("slow", FittedPrefill(0.5, 1.3, 0.03), FittedDecode(0.025), max_batch=20)
+TABLE = Instance("table", MeasuredPrefill((1000, 10_000, 131_072), (0.2, 1.0, 20.0)), FittedDecode(0.02), max_batch=10)
+CHUNK = 8192
+ONE = Topology(KV, (PrefillCluster("p", FAST, 4),), (Region("d", SLOW, 3, 5, 800 * GBPS),), (Link("p", "d", 100 * GBPS, 0.1),))
+# Two clusters of two kinds, two regions of two kinds; no link from q to d; e has but a quarter of the rate for one transfer.
+FOUR = Topology(
+    KV,
+    (PrefillCluster("p", FAST, 2), PrefillCluster("q", TABLE, 1)),
+    (Region("d", SLOW, 1, 2, 400 * GBPS), Region("e", TABLE, 1, 2, 800 * GBPS)),
+    (Link("p", "d", 40 * GBPS, 0.02), Link("p", "e", 40 * GBPS, 0.1, 0.1 * 10 * GBPS), Link("q", "e", 80 * GBPS)),
+)
 
 
 @st.composite

@@ -4,180 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from systems import idle_view
+from systems import CHUNK, FAST, FOUR, KV, ONE, SLOW, TABLE, idle_view
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.footprint import KvFootprint
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.prediction import Predictor
 from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
 from prfaas_jax.scheduling.prices import after_copies
-from prfaas_jax.scheduling.profiles import FittedDecode, FittedPrefill, Instance, MeasuredPrefill, prefill_s
+from prfaas_jax.scheduling.profiles import prefill_s
 from prfaas_jax.scheduling.topology import GBPS, Link, PrefillCluster, Region, Topology
 from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Request
-
-KV = KvFootprint(182_353_920, 17_280)
-FAST = Instance("fast", FittedPrefill(0.48, 0.4, 0.01))
-SLOW = Instance("slow", FittedPrefill(0.5, 1.3, 0.03), FittedDecode(0.025), max_batch=20)
-TABLE = Instance("table", MeasuredPrefill((1000, 10_000, 131_072), (0.2, 1.0, 20.0)), FittedDecode(0.02), max_batch=10)
-CHUNK = 8192
-ONE = Topology(KV, (PrefillCluster("p", FAST, 4),), (Region("d", SLOW, 3, 5, 800 * GBPS),), (Link("p", "d", 100 * GBPS, 0.1),))
-# Two clusters of two kinds, two regions of two kinds; no link from q to d; e has but a quarter of the rate for one transfer.
-FOUR = Topology(
-    KV,
-    (PrefillCluster("p", FAST, 2), PrefillCluster("q", TABLE, 1)),
-    (Region("d", SLOW, 1, 2, 400 * GBPS), Region("e", TABLE, 1, 2, 800 * GBPS)),
-    (Link("p", "d", 40 * GBPS, 0.02), Link("p", "e", 40 * GBPS, 0.1, 0.1 * 10 * GBPS), Link("q", "e", 80 * GBPS)),
-)
-LENGTHS = [1, 500, CHUNK - 1, CHUNK, CHUNK + 1, 20_000, 100_000]
-
-
-def paths_of(request: Request, view: ClusterView, topology: Topology = ONE, overlap: bool = True, now: float = 0.0):
-    return Predictor(topology, CHUNK, overlap).paths(request, view, now)
-
-
-def tail(tokens: int, held: int = 0, overlap: bool = True) -> float:
-    """Bytes of the last chunk and the states, or of all."""
-    return KV.bytes(tokens, max(held, (tokens - 1) // CHUNK * CHUNK) if overlap else held)
-
-
-# --- predictions -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_an_idle_system(tokens, overlap):
-    paths = paths_of(Request(tokens, 9), idle_view(ONE), overlap=overlap)
-    near, far = (prefill_s(x.prefill, tokens) for x in (SLOW, FAST))
-    assert paths.local_ttft_s == pytest.approx([near + tail(tokens, 0, overlap) / (800 * GBPS)], rel=1e-12)
-    assert paths.remote_ttft_s == pytest.approx(np.array([[far + tail(tokens, 0, overlap) / (100 * GBPS) + 0.05]]), rel=1e-12)
-    assert (paths.local_work_s, paths.remote_work_s) == (pytest.approx([near]), pytest.approx([far]))
-    assert paths.sent == KV.bytes(tokens)
-
-
-def test_a_link_that_is_slower_than_the_prefill_decides():
-    view = idle_view(ONE)
-    view.links.bytes_per_s[:] = view.links.transfer_bytes_per_s[:] = 1 * GBPS
-    paths = paths_of(Request(50_000, 9), view)
-    assert paths.remote_ttft_s[0, 0] == pytest.approx(KV.bytes(50_000) / GBPS + 0.05)
-    view.links.pending[:], view.links.pending_bytes[:] = 2, 3e9
-    shared = paths_of(Request(50_000, 9), view).remote_ttft_s[0, 0]
-    assert shared == pytest.approx((KV.bytes(50_000) + min(3e9, 2 * KV.bytes(50_000))) / GBPS + 0.05), "fairly: no more than they need"
-    view.links.pending_bytes[:] = 1e6
-    assert paths_of(Request(50_000, 9), view).remote_ttft_s[0, 0] == pytest.approx((KV.bytes(50_000) + 1e6) / GBPS + 0.05)
-
-
-def test_several_profiles_links_and_prefixes_per_row():
-    tokens, far, near = 30_000, np.array([0, 12_000]), np.array([20_000, 4096])
-    request = Request(tokens, 9, far, near)
-    paths = paths_of(request, idle_view(FOUR), FOUR)
-    works = [prefill_s(x.prefill, tokens - int(held), int(held)) for x, held in ((SLOW, near[0]), (TABLE, near[1]))]
-    assert paths.local_work_s == pytest.approx(works)
-    rates = 400 * GBPS, 800 * GBPS
-    assert paths.local_ttft_s == pytest.approx([w + tail(tokens, int(h)) / r for w, h, r in zip(works, near, rates, strict=True)])
-    p, q = prefill_s(FAST.prefill, tokens), prefill_s(TABLE.prefill, 18_000, 12_000)
-    assert paths.remote_work_s == pytest.approx([p, q]) and paths.sent == pytest.approx([KV.bytes(tokens, int(h)) for h in near])
-    expected = [
-        [p + tail(tokens, 20_000) / (40 * GBPS) + 0.01, p + tail(tokens, 4096) / (10 * GBPS) + 0.05],
-        [math.inf, q + tail(tokens, 4096) / (80 * GBPS)],
-    ]
-    assert paths.remote_ttft_s == pytest.approx(np.array(expected))
-
-
-@pytest.mark.parametrize("held", [0, 5000, 8192, 19_999])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_prefixes_of_all_rows_are_the_same_as_one_for_all(held, overlap):
-    view = idle_view(FOUR)
-    view.prefill.load.jobs[:], view.prefill.load.free_at_s[:] = 3, 100.0
-    view.decode.load.jobs[:], view.decode.load.free_at_s[:] = 2, 100.0
-    one = paths_of(Request(20_000, 9, held, held), view, FOUR, overlap)
-    each = paths_of(Request(20_000, 9, np.full(2, held), np.full(2, held)), view, FOUR, overlap)
-    for field in ("ttft_s", "work_s", "sent"):
-        np.testing.assert_array_equal(getattr(one, field), getattr(each, field))
-
-
-def test_waiting_is_for_the_chunk_under_way_new_prompts_and_turns_and_never_for_more_than_there_is():
-    view = idle_view(ONE)
-    load = view.prefill.load
-    load.jobs[:], load.fresh[:], load.free_at_s[:] = 3, 1, 1000.0
-    chunk_s = FAST.prefill.growth(CHUNK)
-    idle = paths_of(Request(20_000, 9), idle_view(ONE)).remote_ttft_s[0, 0]
-    assert paths_of(Request(20_000, 9), view).remote_ttft_s[0, 0] - idle == pytest.approx((0.5 + 1 + 2 * 3) * chunk_s)
-    load.free_at_s[:] = 7.25
-    assert paths_of(Request(20_000, 9), view, now=7.0).remote_ttft_s[0, 0] - idle == pytest.approx(0.25)
-    assert paths_of(Request(20_000, 9), view, now=8.0).remote_ttft_s[0, 0] == pytest.approx(idle)
-
-
-def test_a_region_without_free_slots_is_behind_another():
-    view = idle_view(FOUR)
-    before = paths_of(Request(1000, 9), view, FOUR)
-    view.decode.load.waiting[:] = 10, 0
-    after = paths_of(Request(1000, 9), view, FOUR)
-    assert after.local_ttft_s - before.local_ttft_s == pytest.approx([10 / 40, 0])
-    assert after.remote_ttft_s[0] - before.remote_ttft_s[0] == pytest.approx([10 / 40, 0])
-
-
-def changed(change) -> ClusterView:
-    view = idle_view(FOUR)
-    change(view)
-    return view
-
-
-@pytest.mark.parametrize(
-    ("change", "local", "remote"),
-    [
-        (lambda v: v.decode.healthy.__setitem__(0, False), [0, 1], [[0, 1], [0, 1]]),
-        (lambda v: v.decode.load.instances.__setitem__(1, 0), [1, 0], [[1, 1], [0, 1]]),
-        (lambda v: v.prefill.healthy.__setitem__(0, False), [1, 1], [[0, 0], [0, 1]]),
-        (lambda v: v.prefill.load.instances.__setitem__(1, 0), [1, 1], [[1, 1], [0, 0]]),
-        (lambda v: v.links.bytes_per_s.__setitem__((0, 1), 0.0), [1, 1], [[1, 0], [0, 1]]),
-    ],
-)
-def test_what_cannot_serve_is_infinitely_late(change, local, remote):
-    request = Request(9000, 9, np.array([100, 0]), 0)
-    with np.errstate(all="raise"):
-        paths = paths_of(request, changed(change), FOUR)
-    assert np.isfinite(paths.local_ttft_s).tolist() == [bool(x) for x in local]
-    assert np.isfinite(paths.remote_ttft_s).tolist() == [[bool(x) for x in row] for row in remote]
-
-
-def test_one_predictor_follows_every_column_and_other_views():
-    """It keeps what follows from columns that seldom change."""
-    predictor, view = Predictor(FOUR, CHUNK), idle_view(FOUR)
-    columns = [(view.links, f.name) for f in dataclasses.fields(view.links) if f.init]
-    columns += [(s.load, f) for s in (view.prefill, view.decode) for f in ("instances", "free_at_s", "jobs", "fresh", "waiting", "slots")]
-    columns += [(view.prefill, "healthy"), (view.decode, "healthy")]
-    rng = np.random.default_rng(0)
-    for _ in range(120):
-        owner, field = columns[rng.integers(len(columns))]
-        column = getattr(owner, field)
-        column.flat[rng.integers(column.size)] = rng.integers(0, 2) * rng.choice([1.0, 3.0, 1e9])
-        request, now = Request(int(rng.integers(1, 90_000)), 9), float(rng.random())
-        got, fresh = predictor.paths(request, view, now), paths_of(request, view, FOUR, now=now)
-        np.testing.assert_array_equal(got.ttft_s, fresh.ttft_s)
-        assert predictor.paths(request, idle_view(FOUR), now).ttft_s == pytest.approx(paths_of(request, idle_view(FOUR), FOUR).ttft_s)
-    kept = predictor.paths(Request(1000, 9), view, 0.0)
-    before = kept.ttft_s.copy(), kept.work_s.copy()
-    predictor.paths(Request(90_000, 9), view, 1.0)
-    for got, then in zip((kept.ttft_s, kept.work_s), before, strict=True):
-        np.testing.assert_array_equal(got, then)
-
-
-def test_views_that_do_not_tell_are_refused():
-    view = idle_view(ONE)
-    bare = [dataclasses.replace(s, load=None) for s in (view.prefill, view.decode)]
-    wrong = [
-        ClusterView(bare[0], view.decode, view.links),
-        ClusterView(view.prefill, bare[1], view.links),
-        ClusterView(view.prefill, view.decode),
-        dataclasses.replace(view, prefill=dataclasses.replace(view.prefill, names=("moon",))),
-        dataclasses.replace(view, decode=dataclasses.replace(view.decode, names=("moon",))),
-    ]
-    for policy in (LeastTtft(Predictor(ONE, CHUNK)), ShadowPrice(Predictor(ONE, CHUNK), Prices({}, {}))):
-        for other in wrong:
-            with pytest.raises(InvalidInput, match="view"):
-                policy.place(Request(10, 1), other, 0.0)
-
 
 # --- least_ttft --------------------------------------------------------------------------------------------------------------------
 
@@ -323,6 +159,18 @@ def test_late_requests_gather_on_the_cluster_where_others_wait():
         assert policy.place(request, view, 0.0).prefill == taken
     view.prefill.healthy[:] = False
     assert shadow(dear, gather_s=1e-3).place(request, view, 0.0).prefill is None, "but not where nothing is open"
+
+
+def test_late_requests_gather_in_a_region_that_is_further_behind_than_every_cluster_and_link():
+    """After an outage they followed the prices to the cluster, until everybody was late on both sides."""
+    request, view = Request(5000, 9), busy_view(near_s=200.0, far_s=60.0, jobs=80)
+    for servers in (view.prefill, view.decode):
+        servers.load.fresh[:] = 80
+    policy = shadow(CHEAP_FAR, queue_price=0.0, gather_s=1.0)
+    assert policy.predictor.paths(request, view, 0.0).ttft_s.min() > 3 * prefill_s(FAST.prefill, 5000) + 0.5
+    assert policy.place(request, view, 0.0).prefill is None
+    view.links.pending[:], view.links.pending_bytes[:] = 9, 150.0 * view.links.bytes_per_s
+    assert policy.place(request, view, 0.0).prefill == "p", "what waits for the link counts as the cluster's"
 
 
 def test_links_have_prices():
