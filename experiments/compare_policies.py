@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
         "who keeps the SLO for the largest share, whatever the others wait\n" + share_table(verdicts),
         "the same money in homogeneous clusters: at our arrivals, and at their own load\n" + equal_cost_table(verdicts),
     ]
-    if not config.trace and not ONLY.value and "trace" in SUITES[SUITE.value][1]:
+    if not config.trace and "trace" in SUITES[SUITE.value][1]:
         tables.append("no trace cells: --config.trace names no file")
     for requests in sorted({v.requests for v in verdicts} - {contest.requests}):
         names = ", ".join(v.cell for v in verdicts if v.requests == requests)

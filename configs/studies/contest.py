@@ -98,7 +98,7 @@ def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
         roles = topology_of(case, 1)
         cell = Cell(name, hard, name in HELD_OUT, roles, mix, rate, workload, tuning, tuning_mix, plans, states, requests)
         if link == "outage":
-            # Runs take from 3 minutes to 20: at one time for all it would miss some, and end others.
+            # Runs take from 3 minutes to 25: at one time for all it would miss some, and end others.
             begins = config.outage_at * requests / (contest.load * plan_cell(cell)[1])
             plan = Steps(((begins, 0.0), (begins + config.outage_s, config.link_gbps * GBPS)))
             cell = dataclasses.replace(cell, links={("prfaas", "pd"): plan})
@@ -158,7 +158,7 @@ def _trace(config: ConfigDict, contest: Contest) -> Load:
     end = sum(1 for _ in open_workload(path).arrivals(0))
     third = end // 3
     requests = min(contest.requests, third // contest.tuning_seeds, (end - third) // contest.seeds)
-    if requests < LEAST_WINDOW:
+    if requests < min(LEAST_WINDOW, contest.requests):
         expected = f"at least {LEAST_WINDOW} per seed: {contest.tuning_seeds} in its first third, {contest.seeds} after it"
         raise InvalidInput("config.trace", f"{path}: {end} arrivals", expected)
     evaluation = open_workload(path, start=third, stop=end, requests=requests, windows=contest.seeds)

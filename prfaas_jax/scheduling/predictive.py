@@ -62,10 +62,10 @@ class ShadowPrice:
     waits costs `queue_price` more per second of that work: it says what is scarce now. What waits for a link is not priced, since the link
     may be slow for the moment only: predictions see it. Where no path meets the budget the request is late in any case. It goes where it
     takes least from others, and a prefill cluster looks the cheaper the more work waits there, as does a region that is further behind
-    than all clusters and links (an outage is over): late requests gather where others are late already, and the rest stays in time. A
-    prefix that only the other side holds is copied where that is faster than to compute it, and the path counts as what it is then. So
-    long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO for the sake of the rule,
-    and there is no threshold to tune.
+    than any cluster and its link together (an outage is over): late requests gather where others are late already, and the rest stays in
+    time. A prefix that only the other side holds is copied where that is faster than to compute it, and the path counts as what it is
+    then. So long prompts drift to the fast cluster and short ones stay, as with a threshold, but nobody misses the SLO for the sake of the
+    rule, and there is no threshold to tune.
 
     Attributes:
         predictor: of TTFT.
@@ -135,7 +135,7 @@ class ShadowPrice:
                 cost += (ttft > budget) * NEVER
             else:
                 cost *= np.exp(_late(scene) / -self.gather_s)
-                cost += scene.closed
+                cost[scene.closed > 0] = math.inf
         return _choose(view, ttft, cost, copies, "shadow_price")
 
     def _table(self, scene: Scene) -> _Table:
@@ -161,11 +161,14 @@ def _least_of(values: np.ndarray) -> float:
 
 
 def _late(scene: Scene) -> np.ndarray:
-    """Seconds of waiting work that make a path one where late requests gather: all of a cluster's, what a region has beyond those."""
+    """Seconds of waiting work that make a path one where late requests gather: a cluster's, a region's beyond a cluster and its link's.
+
+    A region that no cluster can reach has nobody to be further behind than: late requests of several such regions spread.
+    """
     late = scene.over_paths(scene.waiting_s).copy()
-    # What has piled up at a link is on the way to a cluster, too; what cannot be reached is nobody's choice.
-    far = np.where(scene.closed[1:] > 0, 0.0, late[1:] + scene.pending_bytes * scene.link_s)
-    late[0] = np.maximum(late[0] - far.max(axis=0, initial=0.0), 0.0)
+    way = scene.closed[1:] == 0
+    far = np.where(way, late[1:] + scene.pending_bytes * scene.link_s, 0.0)
+    late[0] = np.maximum(late[0] - far.max(axis=0, initial=0.0), 0.0) * way.any(axis=0)
     return late
 
 

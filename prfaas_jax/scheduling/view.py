@@ -170,7 +170,7 @@ class Links:
         rtt_s: round trip time.
         pending: requests placed on the pair whose KV has not arrived yet, those still computing included.
         pending_bytes: KV bytes of these requests, each counted whole until its last byte has arrived.
-        table: all of them, those that seldom change (`SELDOM`) before those that every request moves (`PLACED`).
+        table: all of them, those that seldom change (`SELDOM`) first.
     """
 
     bytes_per_s: Float64[np.ndarray, "prefill decode"]
@@ -181,7 +181,6 @@ class Links:
     table: Float64[np.ndarray, "5 prefill decode"] = dataclasses.field(init=False)
 
     SELDOM = slice(0, 3)
-    PLACED = slice(3, 5)
 
     def __post_init__(self) -> None:
         _stack(self, "links")

@@ -209,7 +209,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """How thorough: requests per run, seeds of the evaluation, seeds and grid points of the tuning, load, processes."""
+    """How thorough: requests per run of new cells, seeds of the evaluation, seeds and points of the tuning, load, processes."""
 
     options: SimOptions
     requests: int

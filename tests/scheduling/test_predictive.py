@@ -158,7 +158,8 @@ def test_late_requests_gather_on_the_cluster_where_others_wait():
         assert policy.predictor.paths(request, view, 0.0).ttft_s.min() > 3 * prefill_s(FAST.prefill, 5000) + 0.5
         assert policy.place(request, view, 0.0).prefill == taken
     view.prefill.healthy[:] = False
-    assert shadow(dear, gather_s=1e-3).place(request, view, 0.0).prefill is None, "but not where nothing is open"
+    for busy_s in (0.3, 1e3):
+        assert shadow(dear, gather_s=1e-3, busy_s=busy_s).place(request, view, 0.0).prefill is None, "but not where nothing is open"
 
 
 def test_late_requests_gather_in_a_region_that_is_further_behind_than_every_cluster_and_link():
@@ -171,6 +172,17 @@ def test_late_requests_gather_in_a_region_that_is_further_behind_than_every_clus
     assert policy.place(request, view, 0.0).prefill is None
     view.links.pending[:], view.links.pending_bytes[:] = 9, 150.0 * view.links.bytes_per_s
     assert policy.place(request, view, 0.0).prefill == "p", "what waits for the link counts as the cluster's"
+
+
+def test_late_requests_spread_over_regions_that_no_cluster_can_reach():
+    """They went to the one that was furthest behind."""
+    view = idle_view(FOUR)
+    view.links.bytes_per_s[:] = 0.0
+    for column in (view.decode.load.free_at_s, view.decode.load.drained_at_s):
+        column[:] = 20.0, 200.0
+    view.decode.load.jobs[:] = view.decode.load.fresh[:] = 80
+    policy = ShadowPrice(Predictor(FOUR, CHUNK), Prices({"d": 0.1, "e": 1.0}, {}), gather_s=10.0, busy_s=50.0)
+    assert policy.place(Request(1000, 9), view, 0.0).decode == "d"
 
 
 def test_links_have_prices():

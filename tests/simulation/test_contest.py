@@ -193,7 +193,8 @@ def test_the_same_contest_has_the_same_verdict(verdict):
 
 
 def test_without_prefixes_the_paper_s_rules_are_one():
-    (found,) = dataclasses.replace(TINY, requests=100, points=1, seeds=1).judge([PAPER["100/paper"]])
+    (found,) = dataclasses.replace(TINY, points=1, seeds=1).judge([dataclasses.replace(PAPER["100/paper"], requests=100)])
+    assert found.requests == 100
     assert set(CONTENDERS) - set(found.policies) == {"paper_prefix"} and found.vs_best.half_width == math.inf
 
 
