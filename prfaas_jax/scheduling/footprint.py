@@ -1,6 +1,7 @@
 """S_kv(l) as the scheduler needs it: of whole arrays of lengths, and of what is left to send when the receiver holds a prefix."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 from jaxtyping import Float64
@@ -36,6 +37,11 @@ class KvFootprint:
         states = sum(g.bytes(1) for g in spec.groups if g.cache.kind == "state")
         windows = tuple((g.cache.window or 1, g.bytes(1)) for g in spec.groups if g.cache.kind == "window")
         return cls(states, spec.bytes_per_token, windows)
+
+    @property
+    def packed(self) -> Float64[np.ndarray, " numbers"]:
+        """State bytes, bytes per token, then tokens and bytes per token of each window."""
+        return np.array([self.state_bytes, self.bytes_per_token, *itertools.chain.from_iterable(self.windows)], np.float64)
 
     def bytes(self, tokens: float, held: float = 0) -> float:
         """Bytes of a request of `tokens` tokens that a receiver with its first `held` tokens still lacks: S_kv(l) where it has none."""

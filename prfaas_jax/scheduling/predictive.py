@@ -1,14 +1,15 @@
 """Policies that predict: the fastest path, or ours, which also counts what a request costs everybody else."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.prediction import Copy, Predictor, Scene
+from prfaas_jax.scheduling.path_kernels import cheapest, fastest
+from prfaas_jax.scheduling.prediction import Predictor
 from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Placement, Request
 
 
@@ -20,12 +21,7 @@ class LeastTtft:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The fastest path, local at a tie."""
-        scene = self.predictor.scene(view, now)
-        ttft = self.predictor.paths_in(scene, request).ttft_s
-        copies = _copies(self.predictor, scene, request, ttft)
-        for path, copy in copies.items():
-            ttft.flat[path] -= copy.gain_s
-        return _choose(view, ttft, ttft, copies, "least_ttft")
+        return _placement("least_ttft", view, *fastest(*self.predictor.arguments(request, view, now)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +36,12 @@ class Prices:
 
 
 class _Table(NamedTuple):
-    """Prices as a scene orders rows and paths: of rows, of a second of work that waits at each, of paths if any link has one."""
+    """Prices in the order of a view's rows and links; `queue` is that of a second of waiting work, per second of it per instance."""
 
-    scene: Scene
-    rows: np.ndarray
-    queue: np.ndarray
-    links: np.ndarray | None
-
-
-# Beyond every cost; where and putmask of numpy take several times as long as adding it.
-NEVER = 1e300
+    view: ClusterView
+    rows: Float64[np.ndarray, " rows"]
+    links: Float64[np.ndarray, "prefill decode"]
+    queue: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,104 +90,27 @@ class ShadowPrice:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The cheapest of the paths that keep the SLO; the cheapest of all where none does."""
-        scene = self.predictor.scene(view, now)
-        paths = self.predictor.paths_in(scene, request)
-        table, ttft, work = self._table(scene), paths.ttft_s, paths.work_s
-        slo = self.slo_scale * paths.alone_s + self.slo_base_s
+        shared, table = self.predictor.arguments(request, view, now), self._table(view)
+        constants = self.busy_s, self.margin, self.slo_scale, self.slo_base_s, self.gather_s
+        return _placement("shadow_price", view, *cheapest(*shared, table.rows, table.links, table.queue, *constants))
 
-        longest = _most_of(scene.waiting_s)
-        prices = table.rows
-        if longest > 0:
-            prices = scene.waiting_s * table.queue
-            prices += table.rows
-        if longest < self.busy_s:
-            # Links that are down are no path; their queue counts for nobody.
-            longest = max(longest, _most_of(scene.pending_bytes * scene.link_s))
-        busy = longest / self.busy_s
-
-        cost = scene.over_paths(work * prices)
-        if table.links is not None:
-            cost += scene.sent * table.links
-        copies = _copies(self.predictor, scene, request, cost)
-        for path, copy in list(copies.items()):
-            row, d = divmod(path, scene.regions)
-            more = copy.sent * table.links.item(copy.link, d) if table.links is not None else 0.0
-            more -= copy.saved_s * prices.item(scene.regions + row - 1 if row else d)
-            if more > 0:
-                del copies[path]  # the link has better use
-            else:
-                cost[row, d] += more
-                ttft[row, d] -= copy.gain_s
-        if busy < 1:
-            cost *= busy
-            cost += ttft * ((1 - busy) / slo)
-        budget = self.margin * slo
-        if cost.size and ttft.item(cost.argmin()) > budget:
-            if _least_of(ttft) <= budget:
-                cost += (ttft > budget) * NEVER
-            else:
-                cost *= np.exp(_late(scene) / -self.gather_s)
-                cost[scene.closed > 0] = math.inf
-        return _choose(view, ttft, cost, copies, "shadow_price")
-
-    def _table(self, scene: Scene) -> _Table:
+    def _table(self, view: ClusterView) -> _Table:
         known: dict[str, _Table] = self._tables  # type: ignore[attr-defined]
         table = known.get("last")
-        if table is None or table.scene is not scene:
-            far, near = scene.view.prefill.names, scene.view.decode.names
+        if table is None or table.view is not view:
+            far, near = view.prefill.names, view.decode.names
             rows = np.array([self.prices.prefill.get(name, 0.0) for name in (*near, *far)])
             links = np.array([[self.prices.links.get((p, d), 0.0) for d in near] for p in far]).reshape(len(far), len(near))
             mean = sum(rows.tolist()) / len(rows) if len(rows) else 0.0
-            queue = self.queue_price * (mean or 1.0) / scene.instances
-            table = known["last"] = _Table(scene, rows, queue, np.vstack([np.zeros(len(near)), links]) if links.any() else None)
+            table = known["last"] = _Table(view, rows, links, self.queue_price * (mean or 1.0))
         return table
 
 
-def _most_of(values: np.ndarray) -> float:
-    # argmax and argmin take numpy a quarter of what max and min do.
-    return float(values.item(values.argmax())) if values.size else 0.0
-
-
-def _least_of(values: np.ndarray) -> float:
-    return float(values.item(values.argmin())) if values.size else math.inf
-
-
-def _late(scene: Scene) -> np.ndarray:
-    """Seconds of waiting work that make a path one where late requests gather: a cluster's, a region's beyond a cluster and its link's.
-
-    A region that no cluster can reach has nobody to be further behind than: late requests of several such regions spread.
-    """
-    late = scene.over_paths(scene.waiting_s).copy()
-    way = scene.closed[1:] == 0
-    far = np.where(way, late[1:] + scene.pending_bytes * scene.link_s, 0.0)
-    late[0] = np.maximum(late[0] - far.max(axis=0, initial=0.0), 0.0) * way.any(axis=0)
-    return late
-
-
-def _copies(predictor: Predictor, scene: Scene, request: Request, cost: np.ndarray) -> dict[int, Copy]:
-    """Copies worth their time for the cheapest open path of either side: looking at every path would cost more than it finds."""
-    far, near = request.cached_prefill, request.cached_decode
-    one_sided = not scene.regions or len(cost) == 1  # the table's row 0 is local
-    if one_sided or (isinstance(far, int) and isinstance(near, int) and far == near):
-        return {}
-    open_cost = cost + scene.closed
-    found = {}
-    for path in (int(open_cost[0].argmin()), scene.regions + int(open_cost[1:].argmin())):
-        copy = predictor.copy(scene, request, path)
-        if copy is not None:
-            found[path] = copy
-    return found
-
-
-def _choose(view: ClusterView, ttft: np.ndarray, cost: np.ndarray, copies: Mapping[int, Copy], name: str) -> Placement:
-    """The cheapest path, local at a tie; raises NoDecodeServer where none is open. The reason has its TTFT."""
-    best = int(cost.argmin()) if cost.size else 0
-    if not cost.size or cost.item(best) == math.inf:
+def _placement(name: str, view: ClusterView, path: int, ttft_s: float, copied: int) -> Placement:
+    """The path, with its TTFT as the reason; raises NoDecodeServer where it is none (-1)."""
+    if path < 0:
         raise NoDecodeServer(f"no open path to any of {len(view.decode.names)} decode servers")
-    row, d = divmod(best, len(view.decode.names))
+    row, d = divmod(path, len(view.decode.names))
     prefill = view.prefill.names[row - 1] if row else None
-    where = f"on {prefill}" if row else "locally"
-    reason = f"{name}: predicted {ttft.item(best):.2f} s {where}"
-    if best not in copies:
-        return Placement(prefill, view.decode.names[d], reason)
-    return Placement(prefill, view.decode.names[d], f"{reason}, {copies[best].tokens} tokens copied", copies[best].tokens)
+    reason = f"{name}: predicted {ttft_s:.2f} s {f'on {prefill}' if row else 'locally'}"
+    return Placement(prefill, view.decode.names[d], f"{reason}, {copied} tokens copied" if copied else reason, copied)

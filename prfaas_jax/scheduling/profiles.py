@@ -28,6 +28,11 @@ class PrefillTime(Protocol):
         """Longest prompt that the profile covers."""
         ...
 
+    @property
+    def pieces(self) -> Float64[np.ndarray, "pieces 4"]:
+        """`growth` as rows (a, b, c, d): from a tokens on it is b + (c + d * x) * x, with x the tokens beyond a in units of 10,000."""
+        ...
+
     def growth(self, tokens: float) -> float:
         """Seconds that the first `tokens` tokens of a prompt add to `start_s`."""
         ...
@@ -70,6 +75,11 @@ class FittedPrefill:
             raise InvalidInput("prefill", self, "some coefficient above zero")
         if self.max_tokens < 1:
             raise InvalidInput("prefill.max_tokens", self.max_tokens, "tokens >= 1")
+
+    @property
+    def pieces(self) -> Float64[np.ndarray, "1 4"]:
+        """See PrefillTime."""
+        return np.array([[0.0, 0.0, self.linear_s, self.quadratic_s]])
 
     def growth(self, tokens: float) -> float:
         """See PrefillTime."""
@@ -120,6 +130,12 @@ class MeasuredPrefill:
     def max_tokens(self) -> int:
         """See PrefillTime."""
         return self.tokens[-1]
+
+    @property
+    def pieces(self) -> Float64[np.ndarray, "pieces 4"]:
+        """See PrefillTime."""
+        xs, ys = map(np.array, self._table)
+        return np.stack([xs[:-1], ys[:-1] - ys[0], np.diff(ys) / np.diff(xs) * 1e4, np.zeros(len(xs) - 1)], axis=1)
 
     def growth(self, tokens: float) -> float:
         """See PrefillTime."""

@@ -82,7 +82,7 @@ class Load:
         fresh: of these, prompts of which no chunk has been computed yet.
         free_slots: requests that decode could take at once; 0 for prefill clusters.
         waiting: requests whose KV is there and that wait for a decode slot or pages.
-        table: all of them, those that seldom change (`SELDOM`) before those that a prefill queue moves (`QUEUES`).
+        table: all of them, in this order.
     """
 
     instances: Float64[np.ndarray, " servers"]
@@ -95,9 +95,6 @@ class Load:
     waiting: Float64[np.ndarray, " servers"]
     table: Float64[np.ndarray, "8 servers"] = dataclasses.field(init=False)
 
-    SELDOM = slice(0, 2)
-    QUEUES = slice(2, 6)
-
     def __post_init__(self) -> None:
         _stack(self, "load")
 
@@ -107,9 +104,14 @@ class Load:
         return cls(*np.zeros((8, servers)))
 
 
+def columns_of(table: "type[Load | Links]") -> tuple[str, ...]:
+    """The names of the table's rows."""
+    return tuple(f.name for f in dataclasses.fields(table) if f.init)
+
+
 def _stack(owner: "Load | Links", name: str) -> None:
     """Makes the owner's columns rows of its table; InvalidInput unless they have one shape."""
-    fields = [f.name for f in dataclasses.fields(owner) if f.init]
+    fields = columns_of(type(owner))
     columns = [np.asarray(getattr(owner, field), np.float64) for field in fields]
     for field, column in zip(fields, columns, strict=True):
         if column.shape != columns[0].shape:
@@ -170,7 +172,7 @@ class Links:
         rtt_s: round trip time.
         pending: requests placed on the pair whose KV has not arrived yet, those still computing included.
         pending_bytes: KV bytes of these requests, each counted whole until its last byte has arrived.
-        table: all of them, those that seldom change (`SELDOM`) first.
+        table: all of them, in this order.
     """
 
     bytes_per_s: Float64[np.ndarray, "prefill decode"]
@@ -179,8 +181,6 @@ class Links:
     pending: Float64[np.ndarray, "prefill decode"]
     pending_bytes: Float64[np.ndarray, "prefill decode"]
     table: Float64[np.ndarray, "5 prefill decode"] = dataclasses.field(init=False)
-
-    SELDOM = slice(0, 3)
 
     def __post_init__(self) -> None:
         _stack(self, "links")

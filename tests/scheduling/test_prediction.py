@@ -6,6 +6,8 @@ import pytest
 from systems import CHUNK, FAST, FOUR, KV, ONE, SLOW, TABLE, idle_view
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.footprint import KvFootprint
+from prfaas_jax.scheduling.path_kernels import growth, kv_bytes
 from prfaas_jax.scheduling.prediction import Predictor
 from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
 from prfaas_jax.scheduling.profiles import prefill_s
@@ -121,8 +123,40 @@ def test_what_cannot_serve_is_infinitely_late(change, local, remote):
     assert np.isfinite(paths.remote_ttft_s).tolist() == [[bool(x) for x in row] for row in remote]
 
 
+@pytest.mark.parametrize("time", [FAST.prefill, SLOW.prefill, TABLE.prefill])
+def test_compiled_growth_is_that_of_the_profile(time):
+    pieces = np.stack([time.pieces, time.pieces + 1.0])
+    lengths = [*range(0, time.max_tokens + 1, 997), *(int(x) for x in time.pieces[:, 0])]
+    assert [growth(pieces, 0, n) for n in lengths] == pytest.approx([time.growth(n) for n in lengths], rel=1e-12, abs=1e-15)
+    padded = np.concatenate([pieces, np.full((2, 3, 4), math.inf)], axis=1)
+    assert [growth(padded, 0, n) for n in lengths] == [growth(pieces, 0, n) for n in lengths]
+
+
+@pytest.mark.parametrize("kv", [KV, KvFootprint(0, 3, ((128, 40), (512, 8))), KvFootprint(7, 0)])
+def test_compiled_bytes_are_those_of_the_footprint(kv):
+    pairs = [(tokens, held) for tokens in (1, 127, 128, 600, 90_000) for held in (0, 1, 127, 128, 600, 90_000) if held <= tokens]
+    assert [kv_bytes(kv.packed, *pair) for pair in pairs] == [kv.bytes(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("field", ["cached_prefill", "cached_decode"])
+@pytest.mark.parametrize("shape", [1, 3, (2, 2)])
+def test_prefixes_that_are_not_one_per_row_are_refused(field, shape):
+    request = dataclasses.replace(Request(9000, 9), **{field: np.ones(shape, np.int64)})
+    with pytest.raises(InvalidInput, match=f"request.{field}"):
+        paths_of(request, idle_view(FOUR), FOUR)
+
+
+def test_every_row_takes_its_turns_for_what_it_does_not_hold_itself():
+    """One number of turns for all rows made long prompts look late where their prefix is."""
+    view = idle_view(FOUR)
+    view.prefill.load.jobs[:], view.prefill.load.free_at_s[:] = 4, 1e6
+    each = paths_of(Request(60_000, 9, np.array([0, 50_000])), view, FOUR)
+    for row, held in enumerate((0, 50_000)):
+        np.testing.assert_array_equal(each.remote_ttft_s[row], paths_of(Request(60_000, 9, held), view, FOUR).remote_ttft_s[row])
+
+
 def test_one_predictor_follows_every_column_and_other_views():
-    """It keeps what follows from columns that seldom change."""
+    """It keeps the view that it saw last."""
     (predictor, other), view = (Predictor(FOUR, CHUNK) for _ in range(2)), idle_view(FOUR)
     columns = [(view.links, f.name) for f in dataclasses.fields(view.links) if f.init]
     columns += [(s.load, f) for s in (view.prefill, view.decode) for f in ("instances", "free_at_s", "jobs", "fresh", "waiting", "slots")]

@@ -8,6 +8,7 @@ from systems import CHUNK, FAST, FOUR, KV, ONE, SLOW, TABLE, idle_view
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.mix import Mix
+from prfaas_jax.scheduling.path_kernels import copy_of
 from prfaas_jax.scheduling.prediction import Predictor
 from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
 from prfaas_jax.scheduling.prices import after_copies
@@ -272,7 +273,8 @@ def test_a_copy_towards_the_region_has_the_price_of_its_link():
 def test_every_path_copies_what_its_other_side_holds_if_that_gains_time():
     far, near = np.array([0, 12_000]), np.array([20_000, 4096])
     request, predictor = Request(30_000, 9, far, near), Predictor(FOUR, CHUNK)
-    scene = predictor.scene(idle_view(FOUR), 0.0)
+    *_, links, _, pieces, kv, near_held, far_held, _, _, _, _ = predictor.arguments(request, view := idle_view(FOUR), 0.0)
+    ttft = predictor.paths(request, view, 0.0).ttft_s
 
     def copy(time, own, other, rate, delay_s):
         saved = time.growth(other) - time.growth(own)
@@ -286,9 +288,9 @@ def test_every_path_copies_what_its_other_side_holds_if_that_gains_time():
     }
     assert expected.pop(3)[2] < 0, "slower than to compute it"
     for path in range(6):
-        got = predictor.copy(scene, request, path)
-        assert got is None if path not in expected else got[:3] == pytest.approx(expected[path])
-    assert predictor.copy(scene, request, 1)[3:] == (KV.bytes(12_000, 4096), 2) and predictor.copy(scene, request, 2)[3:] == (0.0, 1)
+        got = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+        assert got[:3] == pytest.approx(expected.get(path, (0, 0.0, 0.0)))
+        assert got[3:] == {1: (KV.bytes(12_000, 4096), 1)}.get(path, (0.0, 0))
 
 
 def test_prices_count_on_prefixes_that_can_be_copied():

@@ -1,0 +1,316 @@
+"""What a decision computes for every path, compiled: predicted TTFT, copies of prefixes, what a path takes from others, the choice.
+
+A path is a cell of a table: row 0 has the regions' own prefill instances, a row per prefill cluster follows; a column per region. "Rows"
+are the servers of both roles, regions first. Arguments that most functions share:
+
+    near, far       load of the regions and of the prefill clusters, `Load.table`; near_up, far_up: whether they take requests
+    links           between them, `Links.table`
+    known           of every row: seconds of a whole chunk, seconds that every prompt costs, bytes/s inside it
+    pieces          of every row: growth of its prefill time, `PrefillTime.pieces`, filled up with pieces that begin at infinity
+    kv              `KvFootprint.packed`
+    near_held, far_held  prefix tokens that each holds
+    tokens, chunk   of the prompt; those that an instance computes at a time
+    overlap         whether KV travels while later chunks are computed
+    now             on the clock of the view
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from prfaas_jax.scheduling.view import Links, Load, columns_of
+
+_INSTANCES, _SLOTS, _FREE_AT, _DRAINED_AT, _JOBS, _FRESH, _, _WAITING = range(8)
+_RATE, _TRANSFER_RATE, _RTT, _PENDING, _PENDING_BYTES = range(5)
+# Checked and not looked up: what is compiled is kept until this file changes, and would not see that columns have moved.
+assert columns_of(Load) == ("instances", "slots", "free_at_s", "drained_at_s", "jobs", "fresh", "free_slots", "waiting")
+assert columns_of(Links) == ("bytes_per_s", "transfer_bytes_per_s", "rtt_s", "pending", "pending_bytes")
+_CHUNK_S, _START_S, _LOCAL_RATE = range(3)
+
+_Load = Float64[np.ndarray, "8 servers"]
+_LinkTable = Float64[np.ndarray, "5 prefill decode"]
+_Pieces = Float64[np.ndarray, "rows pieces 4"]
+_Rows = Float64[np.ndarray, " rows"]
+_PathTable = Float64[np.ndarray, "paths decode"]
+
+# The types of arguments, in numba's letters.
+_TABLE, _CUBE, _COLUMN = "f8[:,::1]", "f8[:,:,::1]", "f8[::1]"
+_SHARED = f"{_TABLE}, b1[:], {_TABLE}, b1[:], {_CUBE}, {_TABLE}, {_CUBE}, {_COLUMN}, i8[:], i8[:], i8, i8, b1, f8"
+_CHOICE = "Tuple((i8, f8, i8))"
+
+
+def _compiled(signature: str) -> Callable[[Any], Any]:
+    """Compiles at import, once per checkout: no decision waits for a compiler. Division by zero is numpy's, infinite."""
+    return numba.njit(signature, cache=True, error_model="numpy")
+
+
+@_compiled(f"f8({_CUBE}, i8, i8)")
+def growth(pieces: _Pieces, row: int, tokens: int) -> float:
+    """`PrefillTime.growth` of a row's instances."""
+    piece = 0
+    while piece + 1 < pieces.shape[1] and pieces[row, piece + 1, 0] <= tokens:
+        piece += 1
+    x = (tokens - pieces[row, piece, 0]) * 1e-4
+    return (pieces[row, piece, 2] + pieces[row, piece, 3] * x) * x + pieces[row, piece, 1]
+
+
+@_compiled(f"f8({_COLUMN}, i8, i8)")
+def kv_bytes(kv: Float64[np.ndarray, " packed"], tokens: int, held: int) -> float:
+    """`KvFootprint.bytes`."""
+    size = kv[0] + kv[1] * (tokens - held)
+    for i in range(2, len(kv), 2):
+        size += kv[i + 1] * min(kv[i], tokens - held)
+    return size
+
+
+@_compiled(f"f8({_TABLE}, i8, f8)")
+def _waiting_s(load: _Load, row: int, now: float) -> float:
+    """Prefill seconds that wait at each instance of a server."""
+    return max(load[_DRAINED_AT, row] - now, 0.0)
+
+
+@_compiled(f"f8({_TABLE}, i8, f8, f8, i8, i8)")
+def _turns_s(load: _Load, row: int, now: float, chunk_s: float, uncached: int, chunk: int) -> float:
+    """Seconds for which others are served until a new prompt's uncached tokens are computed; see `Predictor`."""
+    chunks = min(load[_JOBS, row], 0.5) + load[_FRESH, row] + max(0, (uncached - 1) // chunk) * load[_JOBS, row]
+    return min(chunks * chunk_s, max(load[_FREE_AT, row] - now, 0.0))
+
+
+@_compiled(f"Tuple(({_TABLE}, {_COLUMN}, {_COLUMN}, f8))({_SHARED})")
+def paths_of(
+    near: _Load,
+    near_up: Bool[np.ndarray, " decode"],
+    far: _Load,
+    far_up: Bool[np.ndarray, " prefill"],
+    links: _LinkTable,
+    known: Float64[np.ndarray, "3 rows"],
+    pieces: _Pieces,
+    kv: Float64[np.ndarray, " packed"],
+    near_held: Int64[np.ndarray, " decode"],
+    far_held: Int64[np.ndarray, " prefill"],
+    tokens: int,
+    chunk: int,
+    overlap: bool,
+    now: float,
+) -> tuple[_PathTable, _Rows, Float64[np.ndarray, " decode"], float]:
+    """The fields of `Paths`."""
+    clusters, regions = far.shape[1], near.shape[1]
+    rows = regions + clusters
+    work, computed = np.empty(rows), np.empty(rows)
+    alone_s = math.inf
+    for row in range(rows):
+        load, i, held = (near, row, near_held[row]) if row < regions else (far, row - regions, far_held[row - regions])
+        whole = known[_START_S, row] + growth(pieces, row, tokens)
+        alone_s = min(alone_s, whole)
+        work[row] = whole - growth(pieces, row, held)
+        computed[row] = _turns_s(load, i, now, known[_CHUNK_S, row], tokens - held, chunk) + work[row]
+    before = (tokens - 1) // chunk * chunk if overlap else 0  # tokens that leave while the last chunk is computed
+    sent, ttft = np.empty(regions), np.full((clusters + 1, regions), math.inf)
+    for d in range(regions):
+        sent[d] = kv_bytes(kv, tokens, near_held[d])
+        if not near_up[d]:
+            continue
+        tail = kv_bytes(kv, tokens, max(near_held[d], before))
+        # Every path of a region waits for its decode slots; it only tells regions apart.
+        slots_s = near[_WAITING, d] / max(near[_SLOTS, d], 1.0)
+        if near[_INSTANCES, d] > 0:
+            ttft[0, d] = tail * (1.0 / known[_LOCAL_RATE, d]) + computed[d] + slots_s
+        for p in range(clusters):
+            if not far_up[p] or far[_INSTANCES, p] == 0 or links[_RATE, p, d] == 0 or links[_TRANSFER_RATE, p, d] == 0:
+                continue
+            # On a link shared fairly each of the others sends no more than this one does until it is through.
+            others = min(links[_PENDING, p, d] * sent[d], links[_PENDING_BYTES, p, d])
+            crossed = (others + sent[d]) * (1.0 / links[_RATE, p, d])
+            followed = tail * (1.0 / links[_TRANSFER_RATE, p, d]) + computed[regions + p]
+            ttft[p + 1, d] = max(followed, crossed) + links[_RTT, p, d] / 2 + slots_s
+    return ttft, work, sent, alone_s
+
+
+@_compiled(f"Tuple((i8, f8, f8, f8, i8))({_CUBE}, {_CUBE}, {_COLUMN}, {_TABLE}, i8[:], i8[:], i8)")
+def copy_of(
+    links: _LinkTable,
+    pieces: _Pieces,
+    kv: Float64[np.ndarray, " packed"],
+    ttft: _PathTable,
+    near_held: Int64[np.ndarray, " decode"],
+    far_held: Int64[np.ndarray, " prefill"],
+    path: int,
+) -> tuple[int, float, float, float, int]:
+    """A prefix that is worth moving, before `path` computes, to its side from the other: what `Predictor` calls a copy.
+
+    A remote path may copy what its region holds, a local one what the prefill cluster holds that holds most.
+
+    Returns:
+        Its tokens, 0 where that side computes as fast as the other could send; prefill seconds that they save; the same, less the seconds
+        that the copy takes; bytes that it puts on the link towards the region, 0 on the way back, which has no other traffic; the row of
+        the prefill cluster whose link it takes.
+    """
+    none = 0, 0.0, 0.0, 0.0, 0
+    regions = ttft.shape[1]
+    if path < 0 or not len(far_held):
+        return none
+    line, d = path // regions, path % regions
+    link = line - 1 if line else int(far_held.argmax())
+    row, own, other = (regions + link, far_held[link], near_held[d]) if line else (d, near_held[d], far_held[link])
+    if other <= own or ttft[link + 1, d] == math.inf:
+        return none
+    saved, size = growth(pieces, row, other) - growth(pieces, row, own), kv_bytes(kv, other, own)
+    gain = saved - size * (1.0 / links[_TRANSFER_RATE, link, d]) - links[_RTT, link, d] / 2
+    return (other - own, saved, gain, 0.0 if line else size, link) if gain > 0 else none
+
+
+@_compiled(f"UniTuple(i8, 2)({_TABLE})")
+def _least_of_sides(cost: _PathTable) -> tuple[int, int]:
+    """The cheapest open local path and remote one, -1 where there is none: looking at copies for all would cost more than it finds."""
+    near = far = -1
+    costs = cost.ravel()
+    for path in range(len(costs)):
+        if path < cost.shape[1]:
+            if costs[path] < (costs[near] if near >= 0 else math.inf):
+                near = path
+        elif costs[path] < (costs[far] if far >= 0 else math.inf):
+            far = path
+    return near, far
+
+
+@_compiled(f"{_CHOICE}({_SHARED})")
+def fastest(
+    near: _Load,
+    near_up: Bool[np.ndarray, " decode"],
+    far: _Load,
+    far_up: Bool[np.ndarray, " prefill"],
+    links: _LinkTable,
+    known: Float64[np.ndarray, "3 rows"],
+    pieces: _Pieces,
+    kv: Float64[np.ndarray, " packed"],
+    near_held: Int64[np.ndarray, " decode"],
+    far_held: Int64[np.ndarray, " prefill"],
+    tokens: int,
+    chunk: int,
+    overlap: bool,
+    now: float,
+) -> tuple[int, float, int]:
+    """The path that `LeastTtft` takes: an index into the flat table (-1: none is open), its TTFT, tokens that are copied first."""
+    ttft, _, _, _ = paths_of(near, near_up, far, far_up, links, known, pieces, kv, near_held, far_held, tokens, chunk, overlap, now)
+    best, least, copied = -1, math.inf, 0
+    for path in _least_of_sides(ttft):
+        if path >= 0:
+            count, _, gain, _, _ = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+            seconds = ttft.ravel()[path] - gain
+            if seconds < least:
+                best, least, copied = path, seconds, count
+    return best, least, copied
+
+
+@_compiled(f"{_TABLE}({_TABLE}, {_TABLE}, {_CUBE}, {_TABLE}, f8)")
+def _late_s(near: _Load, far: _Load, links: _LinkTable, ttft: _PathTable, now: float) -> _PathTable:
+    """Seconds of waiting work that make a path one where late requests gather: a cluster's, a region's beyond a cluster and its link's.
+
+    A region that no cluster can reach has nobody to be further behind than: late requests of several such regions spread.
+    """
+    late = np.zeros(ttft.shape)
+    for d in range(ttft.shape[1]):
+        reached, furthest = False, 0.0
+        for p in range(far.shape[1]):
+            late[p + 1, d] = _waiting_s(far, p, now)
+            if ttft[p + 1, d] < math.inf:
+                reached = True
+                furthest = max(furthest, late[p + 1, d] + links[_PENDING_BYTES, p, d] * (1.0 / links[_RATE, p, d]))
+        if reached:
+            late[0, d] = max(_waiting_s(near, d, now) - furthest, 0.0)
+    return late
+
+
+@_compiled(f"{_CHOICE}({_SHARED}, {_COLUMN}, {_TABLE}, f8, f8, f8, f8, f8, f8)")
+def cheapest(
+    near: _Load,
+    near_up: Bool[np.ndarray, " decode"],
+    far: _Load,
+    far_up: Bool[np.ndarray, " prefill"],
+    links: _LinkTable,
+    known: Float64[np.ndarray, "3 rows"],
+    pieces: _Pieces,
+    kv: Float64[np.ndarray, " packed"],
+    near_held: Int64[np.ndarray, " decode"],
+    far_held: Int64[np.ndarray, " prefill"],
+    tokens: int,
+    chunk: int,
+    overlap: bool,
+    now: float,
+    row_prices: _Rows,
+    link_prices: Float64[np.ndarray, "prefill decode"],
+    queue_price: float,
+    busy_s: float,
+    margin: float,
+    slo_scale: float,
+    slo_base_s: float,
+    gather_s: float,
+) -> tuple[int, float, int]:
+    """The path that `ShadowPrice` takes, as `fastest`; the last arguments are its attributes and prices.
+
+    Args:
+        row_prices: of a prefill second on each row.
+        link_prices: of a byte on each link.
+        queue_price: of a second of waiting work, on a row of one instance, per second.
+    """
+    ttft, work, sent, alone_s = paths_of(
+        near, near_up, far, far_up, links, known, pieces, kv, near_held, far_held, tokens, chunk, overlap, now
+    )
+    clusters, regions = far.shape[1], near.shape[1]
+    slo_s = slo_scale * alone_s + slo_base_s
+    budget_s = margin * slo_s
+
+    # What every path takes, and the longest wait, at an instance or on a link.
+    prices, longest_s = np.empty(regions + clusters), 0.0
+    for row in range(regions + clusters):
+        load, i = (near, row) if row < regions else (far, row - regions)
+        waiting_s = _waiting_s(load, i, now)
+        prices[row] = waiting_s * (queue_price / max(load[_INSTANCES, i], 1.0)) + row_prices[row]
+        longest_s = max(longest_s, waiting_s)
+    cost = np.full(ttft.shape, math.inf)
+    for d in range(regions):
+        if ttft[0, d] < math.inf:
+            cost[0, d] = work[d] * prices[d]
+        for p in range(clusters):
+            if links[_RATE, p, d] > 0:  # a link that is down is no path; its queue counts for nobody
+                longest_s = max(longest_s, links[_PENDING_BYTES, p, d] * (1.0 / links[_RATE, p, d]))
+            if ttft[p + 1, d] < math.inf:
+                cost[p + 1, d] = work[regions + p] * prices[regions + p] + sent[d] * link_prices[p, d]
+
+    copies = np.zeros(ttft.size, np.int64)
+    for path in _least_of_sides(cost):
+        count, saved_s, gain_s, size, link = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+        if count:
+            line, d = path // regions, path % regions
+            more = size * link_prices[link, d] - saved_s * prices[regions + line - 1 if line else d]
+            if more <= 0:  # else the link has better use
+                copies[path] = count
+                cost[line, d] += more
+                ttft[line, d] -= gain_s
+
+    busy = longest_s / busy_s
+    costs, seconds = cost.ravel(), ttft.ravel()
+    best = timely = -1
+    for path in range(len(costs)):
+        if seconds[path] == math.inf:
+            continue
+        if busy < 1.0:
+            costs[path] = costs[path] * busy + seconds[path] * ((1.0 - busy) / slo_s)
+        if best < 0 or costs[path] < costs[best]:
+            best = path
+        if seconds[path] <= budget_s and (timely < 0 or costs[path] < costs[timely]):
+            timely = path
+    if timely >= 0:
+        best = timely
+    elif best >= 0:
+        late = _late_s(near, far, links, ttft, now).ravel()
+        best = -1
+        for path in range(len(costs)):
+            costs[path] *= math.exp(late[path] / -gather_s)
+            if seconds[path] < math.inf and (best < 0 or costs[path] < costs[best]):
+                best = path
+    return (best, seconds[best], copies[best]) if best >= 0 else (-1, math.inf, 0)
