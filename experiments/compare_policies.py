@@ -130,7 +130,7 @@ def chosen(suite: list[Cell], only: list[str]) -> list[Cell]:
     """The cells whose names match one of the patterns, all without any; InvalidInput for a pattern that matches none."""
     names = [cell.name for cell in suite]
     for pattern in only:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise InvalidInput("only", pattern, f"cells of the suite: {', '.join(names)}")
     return [cell for cell in suite if not only or any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)]
 

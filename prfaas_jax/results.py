@@ -20,7 +20,7 @@ from prfaas_jax.errors import InvalidInput
 
 # Packages whose versions decide results.
 PACKAGES = (
-    *("prfaas_jax", "jax", "jaxlib", "flax", "numpy", "grpcio", "protobuf", "google-crc32c", "orbax-checkpoint"),
+    *("prfaas_jax", "jax", "jaxlib", "flax", "numba", "numpy", "grpcio", "protobuf", "google-crc32c", "orbax-checkpoint"),
     *("torch", "transformers"),
 )
 

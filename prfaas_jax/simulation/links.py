@@ -97,7 +97,7 @@ class Pair:
         transfer.ends = (transfer.ends if transfer.active else self.served) + size
         heapq.heappush(self._heap, (transfer.ends, next(self._order), transfer))
         if transfer.active:
-            self._plan()
+            self.plan()
         else:
             transfer.active = True
             self.active += 1
@@ -152,10 +152,10 @@ class Pair:
         """For the Network, after it shared anew."""
         self.advance()
         self.rate = rate
-        self._plan()
+        self.plan()
 
-    def _plan(self) -> None:
-        """Schedules the next end; older plans become void."""
+    def plan(self) -> None:
+        """Schedules the next end, by the rate; older plans become void."""
         heap = self._heap
         while heap and (not heap[0][2].active or heap[0][0] != heap[0][2].ends):
             heapq.heappop(heap)  # cancelled, or grown since
@@ -230,7 +230,8 @@ class Network:
         group = self._groups.get(changed)
         if group is None:
             n = changed.active
-            changed.set_rate(min(changed.capacity / n, changed.transfer_cap) if n else 0.0)
+            changed.rate = min(changed.capacity / n, changed.transfer_cap) if n else 0.0
+            changed.plan()
             return
         for pair, rate in zip(group, fair_rates(group, self._caps), strict=True):
             if rate != pair.rate or pair is changed:

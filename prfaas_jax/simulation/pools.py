@@ -63,13 +63,12 @@ class PrefillPool:
         total, least, best = 0.0, math.inf, None
         for instance in self._taking:
             left = instance.free_at - now
-            if left <= 0.0:
-                left = 0.0
-            total += left
             if left < least:
                 least, best = left, instance
+            if left > 0.0:
+                total += left
         if best is not None:
-            load.free_at_s[row] = now + least
+            load.free_at_s[row] = now + least if least > 0.0 else now
             load.drained_at_s[row] = now + total / len(self._taking)
             load.jobs[row], load.fresh[row] = best.jobs, len(best.fresh)
 

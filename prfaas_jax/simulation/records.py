@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from prfaas_jax.errors import InvalidInput
 
@@ -20,17 +21,16 @@ class Histogram:
     _STEP = math.log1p(RESOLUTION)
 
     def __init__(self) -> None:
-        self._bins = [0] * (int((math.log(_HIGH) - self._LOG_LOW) / self._STEP) + 2)
-        self._last = len(self._bins) - 1
+        self._bins = np.zeros(int((math.log(_HIGH) - self._LOG_LOW) / self._STEP) + 2, np.int64)
         self.count = 0
         self.total = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Counts one time >= 0."""
-        self.count += 1
-        self.total += seconds
-        i = int((math.log(seconds) - self._LOG_LOW) / self._STEP) + 1 if seconds > _LOW else 0
-        self._bins[i if i < self._last else self._last] += 1
+    def add(self, seconds: Float64[np.ndarray, " n"]) -> None:
+        """Counts times >= 0."""
+        self.count += len(seconds)
+        self.total += float(seconds.sum())
+        bins = (np.log(np.maximum(seconds, _LOW)) - self._LOG_LOW) / self._STEP + (seconds > _LOW)
+        np.add.at(self._bins, np.minimum(bins.astype(np.int64), len(self._bins) - 1), 1)
 
     @property
     def mean(self) -> float:

@@ -209,7 +209,7 @@ class Simulation:
     def _matches(self, job: Job) -> tuple[Held, Held]:
         """Cached prefix in tokens, per prefill cluster and per region."""
         blocks = job.arrival.blocks
-        if not blocks:
+        if not blocks or not (self.far_caches or self.near_caches):
             return 0, 0
         # Tokens that a restart added are no part of the blocks.
         tokens = min(job.tokens, job.arrival.tokens + 1)

@@ -1,7 +1,10 @@
 """A simulation's figures: latencies, goodput at the SLO, where requests ran, what the links carried. Flat in the number of requests."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
 
 from prfaas_jax.scheduling.topology import GBPS
 from prfaas_jax.simulation.job import Job
@@ -10,18 +13,36 @@ from prfaas_jax.simulation.scenario import SimOptions
 from prfaas_jax.simulation.simulator import Simulation
 
 
+class _Finished(NamedTuple):
+    """Columns of a block of requests."""
+
+    arrived_s: Float64[np.ndarray, " n"]
+    first_s: Float64[np.ndarray, " n"]
+    done_s: Float64[np.ndarray, " n"]
+    unloaded_s: Float64[np.ndarray, " n"]
+    tokens: Float64[np.ndarray, " n"]
+    output: Float64[np.ndarray, " n"]
+    cached: Float64[np.ndarray, " n"]
+    cluster: Float64[np.ndarray, " n"]
+    fallbacks: Float64[np.ndarray, " n"]
+    kv_bytes: Float64[np.ndarray, " n"]
+
+
 class Summary:
-    """Takes finished requests; the first `options.warmup` share of `requests` (by arrival) does not count.
+    """Takes finished requests, and counts them by blocks; the first `options.warmup` share of `requests` (by arrival) does not count.
 
     Where the number of requests is not known, `skip` says how many do not count.
     """
 
+    BLOCK = 1024
+
     def __init__(self, options: SimOptions, requests: int | None = None, skip: int | None = None):
         self._options = options
         self._skip = skip if skip is not None else int(options.warmup * requests) if requests else 0
-        self.ttft, self.tpot, self.e2e = Histogram(), Histogram(), Histogram()
-        self.met = self.remote = self.fallbacks = 0
-        self.kv_bytes = self.prompt_tokens = self.cached_tokens = self.output_tokens = 0.0
+        self._block: list[tuple[float, ...]] = []  # the fields of _Finished, not counted yet
+        self._ttft, self._tpot, self._e2e = Histogram(), Histogram(), Histogram()
+        self._met = self._remote = self._fallbacks = 0
+        self._kv_bytes = self._prompt_tokens = self._cached_tokens = 0.0
         self._first = math.inf
         self._last = self._served = -math.inf
 
@@ -29,30 +50,35 @@ class Summary:
         """Counts a finished request."""
         if job.id < self._skip:
             return
-        o, ttft, tpot = self._options, job.ttft_s, job.tpot_s
         arrived, tokens, output, _, _ = job.arrival
-        if arrived < self._first:
-            self._first = arrived
-        if arrived > self._last:
-            self._last = arrived
-        if job.first_s > self._served:
-            self._served = job.first_s
-        self.ttft.add(ttft)
-        if output > 1:
-            self.tpot.add(tpot)
-        self.e2e.add(job.done_s - arrived)
-        self.met += ttft <= o.slo_scale * job.unloaded_s + o.slo_base_s and tpot <= o.slo_tpot_s
-        self.remote += job.cluster >= 0
-        self.fallbacks += job.fallbacks
-        self.kv_bytes += job.sent_bytes
-        self.prompt_tokens += tokens
-        self.cached_tokens += job.cached
-        self.output_tokens += output
+        times = arrived, job.first_s, job.done_s, job.unloaded_s
+        self._block.append((*times, tokens, output, job.cached, job.cluster, job.fallbacks, job.sent_bytes))
+        if len(self._block) >= self.BLOCK:
+            self._count()
+
+    def _count(self) -> None:
+        if not self._block:
+            return
+        new, o = _Finished(*np.array(self._block, np.float64).T), self._options
+        self._block.clear()
+        ttft, several = new.first_s - new.arrived_s, new.output > 1
+        tpot = np.where(several, new.done_s - new.first_s, 0.0) / np.maximum(new.output - 1, 1)
+        self._ttft.add(ttft)
+        self._tpot.add(tpot[several])
+        self._e2e.add(new.done_s - new.arrived_s)
+        self._met += int(((ttft <= o.slo_scale * new.unloaded_s + o.slo_base_s) & (tpot <= o.slo_tpot_s)).sum())
+        self._remote += int((new.cluster >= 0).sum())
+        self._fallbacks += int(new.fallbacks.sum())
+        self._kv_bytes += float(new.kv_bytes.sum())
+        self._prompt_tokens += float(new.tokens.sum())
+        self._cached_tokens += float(new.cached.sum())
+        self._first, self._last = min(self._first, float(new.arrived_s.min())), max(self._last, float(new.arrived_s.max()))
+        self._served = max(self._served, float(new.first_s.max()))
 
     @property
     def requests(self) -> int:
         """That count."""
-        return self.ttft.count
+        return self._ttft.count + len(self._block)
 
     def result(self, sim: Simulation) -> dict[str, Any]:
         """Seconds, requests per simulated second, shares. Rates are over the time in which the counted requests arrived.
@@ -62,25 +88,26 @@ class Summary:
         without end, and keeps the SLO for others meanwhile, pays for draining it. `slo_share` does not show that; `drain_s` does: seconds
         from the last arrival to the last first token. A key is absent where nothing was counted for it.
         """
+        self._count()
         if not self.requests:
             return {"requests": 0}
         span = max(self._last - self._first, 1e-9)
         result: dict[str, Any] = {"requests": self.requests}
-        for name, histogram in (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e)):
+        for name, histogram in (("ttft", self._ttft), ("tpot", self._tpot), ("e2e", self._e2e)):
             if not histogram.count:
                 continue
             result[f"{name}_mean_s"] = histogram.mean
             result |= {f"{name}_p{q}_s": histogram.percentile(q) for q in (50, 90, 99)}
         result |= {
             "arrival_rps": self.requests / span,
-            "goodput_rps": self.met / max(self._served - self._first, 1e-9),
-            "slo_share": self.met / self.requests,
+            "goodput_rps": self._met / max(self._served - self._first, 1e-9),
+            "slo_share": self._met / self.requests,
             "drain_s": self._served - self._last,
-            "offload_share": self.remote / self.requests,
-            "fallbacks": self.fallbacks,
+            "offload_share": self._remote / self.requests,
+            "fallbacks": self._fallbacks,
             "conversions": sim.conversions,
-            "cached_share": self.cached_tokens / self.prompt_tokens,
-            "egress_gbps": self.kv_bytes / span / GBPS,
+            "cached_share": self._cached_tokens / self._prompt_tokens,
+            "egress_gbps": self._kv_bytes / span / GBPS,
             "simulated_s": sim.last_s,
             "events": sim.kernel.events,
         }
