@@ -15,6 +15,7 @@ are the servers of both roles, regions first. Arguments that most functions shar
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,14 @@ from prfaas_jax.scheduling.view import Links, Load, columns_of
 
 _INSTANCES, _SLOTS, _FREE_AT, _DRAINED_AT, _JOBS, _FRESH, _, _WAITING = range(8)
 _RATE, _TRANSFER_RATE, _RTT, _PENDING, _PENDING_BYTES = range(5)
-# Checked and not looked up: what is compiled is kept until this file changes, and would not see that columns have moved.
-assert columns_of(Load) == ("instances", "slots", "free_at_s", "drained_at_s", "jobs", "fresh", "free_slots", "waiting")
-assert columns_of(Links) == ("bytes_per_s", "transfer_bytes_per_s", "rtt_s", "pending", "pending_bytes")
 _CHUNK_S, _START_S, _LOCAL_RATE = range(3)
+
+# Checked and not looked up: what is compiled is kept until this file changes, and would not see that columns have moved.
+if (*columns_of(Load), *columns_of(Links)) != (
+    *("instances", "slots", "free_at_s", "drained_at_s", "jobs", "fresh", "free_slots", "waiting"),
+    *("bytes_per_s", "transfer_bytes_per_s", "rtt_s", "pending", "pending_bytes"),
+):
+    raise ImportError(f"columns of view.py have moved: number them here too; {columns_of(Load)}, {columns_of(Links)}")
 
 _Load = Float64[np.ndarray, "8 servers"]
 _LinkTable = Float64[np.ndarray, "5 prefill decode"]
@@ -44,8 +49,21 @@ _CHOICE = "Tuple((i8, f8, i8))"
 
 
 def _compiled(signature: str) -> Callable[[Any], Any]:
-    """Compiles at import, once per checkout: no decision waits for a compiler. Division by zero is numpy's, infinite."""
-    return numba.njit(signature, cache=True, error_model="numpy")
+    """Compiles at import: no decision waits for a compiler. Division by zero is numpy's, infinite.
+
+    What is compiled is kept beside this file, or in numba's cache folder of the user, or in $NUMBA_CACHE_DIR.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(signature, cache=True, error_model="numpy")(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            warnings.warn(f"compiled anew in every process: {error}; NUMBA_CACHE_DIR may name a folder", stacklevel=2)
+            return numba.njit(signature, error_model="numpy")(function)
+
+    return compiled
 
 
 @_compiled(f"f8({_CUBE}, i8, i8)")
@@ -140,7 +158,7 @@ def copy_of(
     far_held: Int64[np.ndarray, " prefill"],
     path: int,
 ) -> tuple[int, float, float, float, int]:
-    """A prefix that is worth moving, before `path` computes, to its side from the other: what `Predictor` calls a copy.
+    """A copy: a prefix that is worth moving, before `path` computes, to its side from the other.
 
     A remote path may copy what its region holds, a local one what the prefill cluster holds that holds most.
 

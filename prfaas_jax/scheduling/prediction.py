@@ -60,9 +60,13 @@ class Predictor:
     chunk under way, for the first chunks of other new prompts, and in every further turn for one chunk of each prompt there; never for
     more than all the work that is there. Transfer: overlapped, the last chunk and the states follow the end of the prefill; a link shared
     fairly takes as long as its other transfers delay this one. Paths compute what their own side does not hold.
+
+    Policies hand `arguments` on to compiled functions; `paths` is what these see.
     """
 
     def __init__(self, topology: Topology, chunk: int, overlap: bool = True):
+        if chunk < 1:
+            raise InvalidInput("predictor.chunk", chunk, "tokens >= 1")
         self._kv, self._chunk, self._overlap = topology.kv.packed, chunk, overlap
         self._instances: dict[str, Instance] = {c.name: c.instance for c in topology.clusters}
         self._local_rates = {r.name: r.local_bytes_per_s for r in topology.regions}
@@ -92,6 +96,9 @@ class Predictor:
         if near.load is None or far.load is None or links is None:
             raise InvalidInput("view", (far.load, near.load, links), "loads and links: this policy predicts from them")
         names = (*near.names, *far.names)
+        for field, healthy in (("decode", near.healthy), ("prefill", far.healthy)):
+            if healthy.dtype != np.bool_:
+                raise InvalidInput(f"view.{field}.healthy", healthy.dtype, "a column of bool")
         unknown = [name for name in names if name not in self._instances]
         if unknown:
             raise InvalidInput("view names", unknown, f"clusters with a profile: {sorted(self._instances)}")
@@ -110,7 +117,8 @@ class Predictor:
 def _per_row(field: str, cached: int | Int64[np.ndarray, " rows"], none: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
     """A prefix for all as one for each. Compiled code does not look where arrays end: here is where that is checked."""
     if isinstance(cached, int):
-        return np.full(len(none), cached) if cached else none
+        return np.full(len(none), cached, np.int64) if cached else none
     if cached.shape != none.shape:
         raise InvalidInput(f"request.{field}", cached.shape, f"a number, or one per row of the view: {none.shape}")
-    return np.asarray(cached, np.int64)
+    held = np.asarray(cached, np.int64)
+    return held if held.flags.writeable else held.copy()

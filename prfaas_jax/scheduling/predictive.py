@@ -99,8 +99,8 @@ class ShadowPrice:
         table = known.get("last")
         if table is None or table.view is not view:
             far, near = view.prefill.names, view.decode.names
-            rows = np.array([self.prices.prefill.get(name, 0.0) for name in (*near, *far)])
-            links = np.array([[self.prices.links.get((p, d), 0.0) for d in near] for p in far]).reshape(len(far), len(near))
+            rows = np.array([self.prices.prefill.get(name, 0.0) for name in (*near, *far)], np.float64)
+            links = np.array([self.prices.links.get((p, d), 0.0) for p in far for d in near], np.float64).reshape(len(far), len(near))
             mean = sum(rows.tolist()) / len(rows) if len(rows) else 0.0
             table = known["last"] = _Table(view, rows, links, self.queue_price * (mean or 1.0))
         return table

@@ -57,7 +57,7 @@ def placement_optimum(
 def after_copies(topology: Topology, mix: Mix) -> Mix:
     """The mix with the prefixes that each side has once the other has sent it, on the fastest link, what takes longer to compute.
 
-    That is what `Predictor` counts on; without links nothing is sent.
+    That is what policies which predict count on; without links nothing is sent.
     """
     link = max(topology.links, key=lambda x: x.transfer_bytes_per_s, default=None)
     if link is None:

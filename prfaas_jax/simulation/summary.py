@@ -47,7 +47,7 @@ class Summary:
         self._last = self._served = -math.inf
 
     def add(self, job: Job) -> None:
-        """Counts a finished request."""
+        """Takes a finished request."""
         if job.id < self._skip:
             return
         arrived, tokens, output, _, _ = job.arrival

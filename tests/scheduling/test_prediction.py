@@ -6,8 +6,6 @@ import pytest
 from systems import CHUNK, FAST, FOUR, KV, ONE, SLOW, TABLE, idle_view
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.footprint import KvFootprint
-from prfaas_jax.scheduling.path_kernels import growth, kv_bytes
 from prfaas_jax.scheduling.prediction import Predictor
 from prfaas_jax.scheduling.predictive import LeastTtft, Prices, ShadowPrice
 from prfaas_jax.scheduling.profiles import prefill_s
@@ -66,18 +64,6 @@ def test_several_profiles_links_and_prefixes_per_row():
     assert paths.remote_ttft_s == pytest.approx(np.array(expected))
 
 
-@pytest.mark.parametrize("held", [0, 5000, 8192, 19_999])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_prefixes_of_all_rows_are_the_same_as_one_for_all(held, overlap):
-    view = idle_view(FOUR)
-    view.prefill.load.jobs[:], view.prefill.load.free_at_s[:] = 3, 100.0
-    view.decode.load.jobs[:], view.decode.load.free_at_s[:] = 2, 100.0
-    one = paths_of(Request(20_000, 9, held, held), view, FOUR, overlap)
-    each = paths_of(Request(20_000, 9, np.full(2, held), np.full(2, held)), view, FOUR, overlap)
-    for field in ("ttft_s", "work_s", "sent"):
-        np.testing.assert_array_equal(getattr(one, field), getattr(each, field))
-
-
 def test_waiting_is_for_the_chunk_under_way_new_prompts_and_turns_and_never_for_more_than_there_is():
     view = idle_view(ONE)
     load = view.prefill.load
@@ -113,29 +99,14 @@ def changed(change) -> ClusterView:
         (lambda v: v.prefill.healthy.__setitem__(0, False), [1, 1], [[0, 0], [0, 1]]),
         (lambda v: v.prefill.load.instances.__setitem__(1, 0), [1, 1], [[1, 1], [0, 0]]),
         (lambda v: v.links.bytes_per_s.__setitem__((0, 1), 0.0), [1, 1], [[1, 0], [0, 1]]),
+        (lambda v: v.links.transfer_bytes_per_s.__setitem__((0, 1), 0.0), [1, 1], [[1, 0], [0, 1]]),
     ],
 )
 def test_what_cannot_serve_is_infinitely_late(change, local, remote):
     request = Request(9000, 9, np.array([100, 0]), 0)
-    with np.errstate(all="raise"):
-        paths = paths_of(request, changed(change), FOUR)
+    paths = paths_of(request, changed(change), FOUR)
     assert np.isfinite(paths.local_ttft_s).tolist() == [bool(x) for x in local]
     assert np.isfinite(paths.remote_ttft_s).tolist() == [[bool(x) for x in row] for row in remote]
-
-
-@pytest.mark.parametrize("time", [FAST.prefill, SLOW.prefill, TABLE.prefill])
-def test_compiled_growth_is_that_of_the_profile(time):
-    pieces = np.stack([time.pieces, time.pieces + 1.0])
-    lengths = [*range(0, time.max_tokens + 1, 997), *(int(x) for x in time.pieces[:, 0])]
-    assert [growth(pieces, 0, n) for n in lengths] == pytest.approx([time.growth(n) for n in lengths], rel=1e-12, abs=1e-15)
-    padded = np.concatenate([pieces, np.full((2, 3, 4), math.inf)], axis=1)
-    assert [growth(padded, 0, n) for n in lengths] == [growth(pieces, 0, n) for n in lengths]
-
-
-@pytest.mark.parametrize("kv", [KV, KvFootprint(0, 3, ((128, 40), (512, 8))), KvFootprint(7, 0)])
-def test_compiled_bytes_are_those_of_the_footprint(kv):
-    pairs = [(tokens, held) for tokens in (1, 127, 128, 600, 90_000) for held in (0, 1, 127, 128, 600, 90_000) if held <= tokens]
-    assert [kv_bytes(kv.packed, *pair) for pair in pairs] == [kv.bytes(*pair) for pair in pairs]
 
 
 @pytest.mark.parametrize("field", ["cached_prefill", "cached_decode"])
@@ -150,9 +121,24 @@ def test_every_row_takes_its_turns_for_what_it_does_not_hold_itself():
     """One number of turns for all rows made long prompts look late where their prefix is."""
     view = idle_view(FOUR)
     view.prefill.load.jobs[:], view.prefill.load.free_at_s[:] = 4, 1e6
-    each = paths_of(Request(60_000, 9, np.array([0, 50_000])), view, FOUR)
-    for row, held in enumerate((0, 50_000)):
-        np.testing.assert_array_equal(each.remote_ttft_s[row], paths_of(Request(60_000, 9, held), view, FOUR).remote_ttft_s[row])
+    request, turns = Request(60_000, 9, np.array([0, 50_000])), np.array([7, 1])
+    busy, idle = (paths_of(request, v, FOUR).remote_ttft_s[:, 1] for v in (view, idle_view(FOUR)))
+    chunk_s = [x.prefill.growth(CHUNK) for x in (FAST, TABLE)]
+    assert busy - idle == pytest.approx((0.5 + 4 * turns) * chunk_s)
+
+
+def test_prefixes_may_be_any_whole_numbers():
+    request = Request(9000, 9, np.array([100, 0]), np.array([7, 9]))
+    expected = paths_of(request, idle_view(FOUR), FOUR).ttft_s
+    fixed = np.array([100, 0])
+    fixed.flags.writeable = False
+    for far, near in ((np.array([100, 0], np.int32), request.cached_decode), (fixed, np.array([7, 0, 9])[::2])):
+        np.testing.assert_array_equal(paths_of(Request(9000, 9, far, near), idle_view(FOUR), FOUR).ttft_s, expected)
+
+
+def test_a_predictor_of_no_chunk_is_refused():
+    with pytest.raises(InvalidInput, match="predictor"):
+        Predictor(FOUR, 0)
 
 
 def test_one_predictor_follows_every_column_and_other_views():
@@ -188,6 +174,7 @@ def test_views_that_do_not_tell_are_refused():
         ClusterView(view.prefill, view.decode),
         dataclasses.replace(view, prefill=dataclasses.replace(view.prefill, names=("moon",))),
         dataclasses.replace(view, decode=dataclasses.replace(view.decode, names=("moon",))),
+        dataclasses.replace(view, decode=dataclasses.replace(view.decode, healthy=np.ones(1, np.int8))),
     ]
     for policy in (LeastTtft(Predictor(ONE, CHUNK)), ShadowPrice(Predictor(ONE, CHUNK), Prices({}, {}))):
         for other in wrong:

@@ -196,6 +196,12 @@ def test_links_have_prices():
     assert shadow(CHEAP_FAR).place(cached, view, 0.0).prefill == "p"
 
 
+@pytest.mark.parametrize("kind", [int, np.float32])
+def test_prices_may_be_of_any_kind(kind):
+    prices = Prices({"p": kind(1), "d": kind(2)}, {("p", "d"): kind(1)})
+    assert shadow(prices).place(Request(5000, 9), idle_view(ONE), 0.0).decode == "d"
+
+
 def test_new_prices_count_at_once():
     request, view, policy = Request(5000, 9), busy_view(2.0, 2.0), shadow(CHEAP_FAR)
     assert policy.place(request, view, 0.0).prefill == "p"
