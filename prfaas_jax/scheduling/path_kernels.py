@@ -1,27 +1,18 @@
 """What a decision computes for every path, compiled: predicted TTFT, copies of prefixes, what a path takes from others, the choice.
 
 A path is a cell of a table: row 0 has the regions' own prefill instances, a row per prefill cluster follows; a column per region. "Rows"
-are the servers of both roles, regions first. Arguments that most functions share:
-
-    near, far       load of the regions and of the prefill clusters, `Load.table`; near_up, far_up: whether they take requests
-    links           between them, `Links.table`
-    known           of every row: seconds of a whole chunk, seconds that every prompt costs, bytes/s inside it
-    pieces          of every row: growth of its prefill time, `PrefillTime.pieces`, filled up with pieces that begin at infinity
-    kv              `KvFootprint.packed`
-    near_held, far_held  prefix tokens that each holds
-    tokens, chunk   of the prompt; those that an instance computes at a time
-    overlap         whether KV travels while later chunks are computed
-    now             on the clock of the view
+are the servers of both roles, regions first.
 """
 
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
+from numba import types
 
 from prfaas_jax.scheduling.view import Links, Load, columns_of
 
@@ -42,13 +33,52 @@ _Pieces = Float64[np.ndarray, "rows pieces 4"]
 _Rows = Float64[np.ndarray, " rows"]
 _PathTable = Float64[np.ndarray, "paths decode"]
 
-# The types of arguments, in numba's letters.
-_TABLE, _CUBE, _COLUMN = "f8[:,::1]", "f8[:,:,::1]", "f8[::1]"
-_SHARED = f"{_TABLE}, b1[:], {_TABLE}, b1[:], {_CUBE}, {_TABLE}, {_CUBE}, {_COLUMN}, i8[:], i8[:], i8, i8, b1, f8"
-_CHOICE = "Tuple((i8, f8, i8))"
+
+class Asked(NamedTuple):
+    """A request and a view, with what is known of the view's servers.
+
+    Attributes:
+        near: load of the regions, `Load.table`.
+        near_up: whether they take requests.
+        far: load of the prefill clusters.
+        far_up: whether they take requests.
+        links: between them, `Links.table`.
+        known: seconds of a whole chunk, seconds that every prompt costs, bytes/s inside the server; of every row.
+        pieces: growth of the prefill time, `PrefillTime.pieces`, filled up with pieces that begin at infinity; of every row.
+        kv: `KvFootprint.packed`.
+        near_held: prefix tokens that each region holds.
+        far_held: prefix tokens that each cluster holds.
+        tokens: of the prompt.
+        chunk: tokens that an instance computes at a time.
+        overlap: whether KV travels while later chunks are computed.
+        now: on the clock of the view.
+    """
+
+    near: _Load
+    near_up: Bool[np.ndarray, " decode"]
+    far: _Load
+    far_up: Bool[np.ndarray, " prefill"]
+    links: _LinkTable
+    known: Float64[np.ndarray, "3 rows"]
+    pieces: _Pieces
+    kv: Float64[np.ndarray, " packed"]
+    near_held: Int64[np.ndarray, " decode"]
+    far_held: Int64[np.ndarray, " prefill"]
+    tokens: int
+    chunk: int
+    overlap: bool
+    now: float
 
 
-def _compiled(signature: str) -> Callable[[Any], Any]:
+# Types as compiled code has them.
+_TABLE, _CUBE, _COLUMN = types.float64[:, ::1], types.float64[:, :, ::1], types.float64[::1]
+_FLAGS, _COUNTS, _F, _I = types.boolean[::1], types.int64[::1], types.float64, types.int64
+_VIEW = (_TABLE, _FLAGS, _TABLE, _FLAGS, _CUBE, _TABLE, _CUBE, _COLUMN)
+_ASKED = types.NamedTuple((*_VIEW, _COUNTS, _COUNTS, _I, _I, types.boolean, _F), Asked)
+_CHOICE = types.Tuple((_I, _F, _I))
+
+
+def _compiled(signature: Any) -> Callable[[Any], Any]:
     """Compiles at import: no decision waits for a compiler. Division by zero is numpy's, infinite.
 
     What is compiled is kept beside this file, or in numba's cache folder of the user, or in $NUMBA_CACHE_DIR.
@@ -66,7 +96,7 @@ def _compiled(signature: str) -> Callable[[Any], Any]:
     return compiled
 
 
-@_compiled(f"f8({_CUBE}, i8, i8)")
+@_compiled(_F(_CUBE, _I, _I))
 def growth(pieces: _Pieces, row: int, tokens: int) -> float:
     """`PrefillTime.growth` of a row's instances."""
     piece = 0
@@ -76,7 +106,7 @@ def growth(pieces: _Pieces, row: int, tokens: int) -> float:
     return (pieces[row, piece, 2] + pieces[row, piece, 3] * x) * x + pieces[row, piece, 1]
 
 
-@_compiled(f"f8({_COLUMN}, i8, i8)")
+@_compiled(_F(_COLUMN, _I, _I))
 def kv_bytes(kv: Float64[np.ndarray, " packed"], tokens: int, held: int) -> float:
     """`KvFootprint.bytes`."""
     size = kv[0] + kv[1] * (tokens - held)
@@ -85,60 +115,46 @@ def kv_bytes(kv: Float64[np.ndarray, " packed"], tokens: int, held: int) -> floa
     return size
 
 
-@_compiled(f"f8({_TABLE}, i8, f8)")
+@_compiled(_F(_TABLE, _I, _F))
 def _waiting_s(load: _Load, row: int, now: float) -> float:
     """Prefill seconds that wait at each instance of a server."""
     return max(load[_DRAINED_AT, row] - now, 0.0)
 
 
-@_compiled(f"f8({_TABLE}, i8, f8, f8, i8, i8)")
+@_compiled(_F(_TABLE, _I, _F, _F, _I, _I))
 def _turns_s(load: _Load, row: int, now: float, chunk_s: float, uncached: int, chunk: int) -> float:
     """Seconds for which others are served until a new prompt's uncached tokens are computed; see `Predictor`."""
     chunks = min(load[_JOBS, row], 0.5) + load[_FRESH, row] + max(0, (uncached - 1) // chunk) * load[_JOBS, row]
     return min(chunks * chunk_s, max(load[_FREE_AT, row] - now, 0.0))
 
 
-@_compiled(f"Tuple(({_TABLE}, {_COLUMN}, {_COLUMN}, f8))({_SHARED})")
-def paths_of(
-    near: _Load,
-    near_up: Bool[np.ndarray, " decode"],
-    far: _Load,
-    far_up: Bool[np.ndarray, " prefill"],
-    links: _LinkTable,
-    known: Float64[np.ndarray, "3 rows"],
-    pieces: _Pieces,
-    kv: Float64[np.ndarray, " packed"],
-    near_held: Int64[np.ndarray, " decode"],
-    far_held: Int64[np.ndarray, " prefill"],
-    tokens: int,
-    chunk: int,
-    overlap: bool,
-    now: float,
-) -> tuple[_PathTable, _Rows, Float64[np.ndarray, " decode"], float]:
+@_compiled(types.Tuple((_TABLE, _COLUMN, _COLUMN, _F))(_ASKED))
+def paths_of(asked: Asked) -> tuple[_PathTable, _Rows, Float64[np.ndarray, " decode"], float]:
     """The fields of `Paths`."""
-    clusters, regions = far.shape[1], near.shape[1]
+    near, far, links, known, pieces, kv = asked.near, asked.far, asked.links, asked.known, asked.pieces, asked.kv
+    tokens, chunk, now, clusters, regions = asked.tokens, asked.chunk, asked.now, far.shape[1], near.shape[1]
     rows = regions + clusters
     work, computed = np.empty(rows), np.empty(rows)
     alone_s = math.inf
     for row in range(rows):
-        load, i, held = (near, row, near_held[row]) if row < regions else (far, row - regions, far_held[row - regions])
+        load, i, held = (near, row, asked.near_held[row]) if row < regions else (far, row - regions, asked.far_held[row - regions])
         whole = known[_START_S, row] + growth(pieces, row, tokens)
         alone_s = min(alone_s, whole)
         work[row] = whole - growth(pieces, row, held)
         computed[row] = _turns_s(load, i, now, known[_CHUNK_S, row], tokens - held, chunk) + work[row]
-    before = (tokens - 1) // chunk * chunk if overlap else 0  # tokens that leave while the last chunk is computed
+    before = (tokens - 1) // chunk * chunk if asked.overlap else 0  # tokens that leave while the last chunk is computed
     sent, ttft = np.empty(regions), np.full((clusters + 1, regions), math.inf)
     for d in range(regions):
-        sent[d] = kv_bytes(kv, tokens, near_held[d])
-        if not near_up[d]:
+        sent[d] = kv_bytes(kv, tokens, asked.near_held[d])
+        if not asked.near_up[d]:
             continue
-        tail = kv_bytes(kv, tokens, max(near_held[d], before))
+        tail = kv_bytes(kv, tokens, max(asked.near_held[d], before))
         # Every path of a region waits for its decode slots; it only tells regions apart.
         slots_s = near[_WAITING, d] / max(near[_SLOTS, d], 1.0)
         if near[_INSTANCES, d] > 0:
             ttft[0, d] = tail * (1.0 / known[_LOCAL_RATE, d]) + computed[d] + slots_s
         for p in range(clusters):
-            if not far_up[p] or far[_INSTANCES, p] == 0 or links[_RATE, p, d] == 0 or links[_TRANSFER_RATE, p, d] == 0:
+            if not asked.far_up[p] or far[_INSTANCES, p] == 0 or links[_RATE, p, d] == 0 or links[_TRANSFER_RATE, p, d] == 0:
                 continue
             # On a link shared fairly each of the others sends no more than this one does until it is through.
             others = min(links[_PENDING, p, d] * sent[d], links[_PENDING_BYTES, p, d])
@@ -148,16 +164,8 @@ def paths_of(
     return ttft, work, sent, alone_s
 
 
-@_compiled(f"Tuple((i8, f8, f8, f8, i8))({_CUBE}, {_CUBE}, {_COLUMN}, {_TABLE}, i8[:], i8[:], i8)")
-def copy_of(
-    links: _LinkTable,
-    pieces: _Pieces,
-    kv: Float64[np.ndarray, " packed"],
-    ttft: _PathTable,
-    near_held: Int64[np.ndarray, " decode"],
-    far_held: Int64[np.ndarray, " prefill"],
-    path: int,
-) -> tuple[int, float, float, float, int]:
+@_compiled(types.Tuple((_I, _F, _F, _F, _I))(_ASKED, _TABLE, _I))
+def copy_of(asked: Asked, ttft: _PathTable, path: int) -> tuple[int, float, float, float, int]:
     """A copy: a prefix that is worth moving, before `path` computes, to its side from the other.
 
     A remote path may copy what its region holds, a local one what the prefill cluster holds that holds most.
@@ -168,7 +176,7 @@ def copy_of(
         the prefill cluster whose link it takes.
     """
     none = 0, 0.0, 0.0, 0.0, 0
-    regions = ttft.shape[1]
+    near_held, far_held, pieces, regions = asked.near_held, asked.far_held, asked.pieces, ttft.shape[1]
     if path < 0 or not len(far_held):
         return none
     line, d = path // regions, path % regions
@@ -176,12 +184,12 @@ def copy_of(
     row, own, other = (regions + link, far_held[link], near_held[d]) if line else (d, near_held[d], far_held[link])
     if other <= own or ttft[link + 1, d] == math.inf:
         return none
-    saved, size = growth(pieces, row, other) - growth(pieces, row, own), kv_bytes(kv, other, own)
-    gain = saved - size * (1.0 / links[_TRANSFER_RATE, link, d]) - links[_RTT, link, d] / 2
+    saved, size = growth(pieces, row, other) - growth(pieces, row, own), kv_bytes(asked.kv, other, own)
+    gain = saved - size * (1.0 / asked.links[_TRANSFER_RATE, link, d]) - asked.links[_RTT, link, d] / 2
     return (other - own, saved, gain, 0.0 if line else size, link) if gain > 0 else none
 
 
-@_compiled(f"UniTuple(i8, 2)({_TABLE})")
+@_compiled(types.UniTuple(_I, 2)(_TABLE))
 def _least_of_sides(cost: _PathTable) -> tuple[int, int]:
     """The cheapest open local path and remote one, -1 where there is none: looking at copies for all would cost more than it finds."""
     near = far = -1
@@ -195,42 +203,27 @@ def _least_of_sides(cost: _PathTable) -> tuple[int, int]:
     return near, far
 
 
-@_compiled(f"{_CHOICE}({_SHARED})")
-def fastest(
-    near: _Load,
-    near_up: Bool[np.ndarray, " decode"],
-    far: _Load,
-    far_up: Bool[np.ndarray, " prefill"],
-    links: _LinkTable,
-    known: Float64[np.ndarray, "3 rows"],
-    pieces: _Pieces,
-    kv: Float64[np.ndarray, " packed"],
-    near_held: Int64[np.ndarray, " decode"],
-    far_held: Int64[np.ndarray, " prefill"],
-    tokens: int,
-    chunk: int,
-    overlap: bool,
-    now: float,
-) -> tuple[int, float, int]:
+@_compiled(_CHOICE(_ASKED))
+def fastest(asked: Asked) -> tuple[int, float, int]:
     """The path that `LeastTtft` takes: an index into the flat table (-1: none is open), its TTFT, tokens that are copied first."""
-    ttft, _, _, _ = paths_of(near, near_up, far, far_up, links, known, pieces, kv, near_held, far_held, tokens, chunk, overlap, now)
+    ttft, _, _, _ = paths_of(asked)
     best, least, copied = -1, math.inf, 0
     for path in _least_of_sides(ttft):
         if path >= 0:
-            count, _, gain, _, _ = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+            count, _, gain, _, _ = copy_of(asked, ttft, path)
             seconds = ttft.ravel()[path] - gain
             if seconds < least:
                 best, least, copied = path, seconds, count
     return best, least, copied
 
 
-@_compiled(f"{_TABLE}({_TABLE}, {_TABLE}, {_CUBE}, {_TABLE}, f8)")
-def _late_s(near: _Load, far: _Load, links: _LinkTable, ttft: _PathTable, now: float) -> _PathTable:
+@_compiled(_TABLE(_ASKED, _TABLE))
+def _late_s(asked: Asked, ttft: _PathTable) -> _PathTable:
     """Seconds of waiting work that make a path one where late requests gather: a cluster's, a region's beyond a cluster and its link's.
 
     A region that no cluster can reach has nobody to be further behind than: late requests of several such regions spread.
     """
-    late = np.zeros(ttft.shape)
+    near, far, links, now, late = asked.near, asked.far, asked.links, asked.now, np.zeros(ttft.shape)
     for d in range(ttft.shape[1]):
         reached, furthest = False, 0.0
         for p in range(far.shape[1]):
@@ -243,22 +236,9 @@ def _late_s(near: _Load, far: _Load, links: _LinkTable, ttft: _PathTable, now: f
     return late
 
 
-@_compiled(f"{_CHOICE}({_SHARED}, {_COLUMN}, {_TABLE}, f8, f8, f8, f8, f8, f8)")
+@_compiled(_CHOICE(_ASKED, _COLUMN, _TABLE, _F, _F, _F, _F, _F, _F))
 def cheapest(
-    near: _Load,
-    near_up: Bool[np.ndarray, " decode"],
-    far: _Load,
-    far_up: Bool[np.ndarray, " prefill"],
-    links: _LinkTable,
-    known: Float64[np.ndarray, "3 rows"],
-    pieces: _Pieces,
-    kv: Float64[np.ndarray, " packed"],
-    near_held: Int64[np.ndarray, " decode"],
-    far_held: Int64[np.ndarray, " prefill"],
-    tokens: int,
-    chunk: int,
-    overlap: bool,
-    now: float,
+    asked: Asked,
     row_prices: _Rows,
     link_prices: Float64[np.ndarray, "prefill decode"],
     queue_price: float,
@@ -275,10 +255,9 @@ def cheapest(
         link_prices: of a byte on each link.
         queue_price: of a second of waiting work, on a row of one instance, per second.
     """
-    ttft, work, sent, alone_s = paths_of(
-        near, near_up, far, far_up, links, known, pieces, kv, near_held, far_held, tokens, chunk, overlap, now
-    )
+    near, far, links, now = asked.near, asked.far, asked.links, asked.now
     clusters, regions = far.shape[1], near.shape[1]
+    ttft, work, sent, alone_s = paths_of(asked)
     slo_s = slo_scale * alone_s + slo_base_s
     budget_s = margin * slo_s
 
@@ -301,7 +280,7 @@ def cheapest(
 
     copies = np.zeros(ttft.size, np.int64)
     for path in _least_of_sides(cost):
-        count, saved_s, gain_s, size, link = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+        count, saved_s, gain_s, size, link = copy_of(asked, ttft, path)
         if count:
             line, d = path // regions, path % regions
             more = size * link_prices[link, d] - saved_s * prices[regions + line - 1 if line else d]
@@ -325,7 +304,7 @@ def cheapest(
     if timely >= 0:
         best = timely
     elif best >= 0:
-        late = _late_s(near, far, links, ttft, now).ravel()
+        late = _late_s(asked, ttft).ravel()
         best = -1
         for path in range(len(costs)):
             costs[path] *= math.exp(late[path] / -gather_s)

@@ -4,14 +4,15 @@ A path is a region's own prefill instances, or a prefill cluster and its link. P
 placed on links, slots) and the profiles. Here views and profiles become the arrays that `path_kernels` computes from.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.path_kernels import paths_of
+from prfaas_jax.scheduling.path_kernels import Asked, paths_of
 from prfaas_jax.scheduling.profiles import Instance
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import ClusterView, Request
@@ -61,7 +62,7 @@ class Predictor:
     more than all the work that is there. Transfer: overlapped, the last chunk and the states follow the end of the prefill; a link shared
     fairly takes as long as its other transfers delay this one. Paths compute what their own side does not hold.
 
-    Policies hand `arguments` on to compiled functions; `paths` is what these see.
+    Policies hand `asked` on to compiled functions; `paths` is what these see.
     """
 
     def __init__(self, topology: Topology, chunk: int, overlap: bool = True):
@@ -71,7 +72,7 @@ class Predictor:
         self._instances: dict[str, Instance] = {c.name: c.instance for c in topology.clusters}
         self._local_rates = {r.name: r.local_bytes_per_s for r in topology.regions}
         self._view: ClusterView | None = None
-        self._tables: tuple[np.ndarray, ...] = ()  # of that view, which its driver writes into
+        self._seen: functools.partial[Asked] | None = None  # with the tables of that view, which its driver writes into
         self._none_held = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def paths(self, request: Request, view: ClusterView, now: float) -> Paths:
@@ -80,25 +81,26 @@ class Predictor:
         Raises:
             InvalidInput: a view without loads or links, or with names that the topology does not have; prefixes that are not one per row.
         """
-        return Paths(*paths_of(*self.arguments(request, view, now)))
+        return Paths(*paths_of(self.asked(request, view, now)))
 
-    def arguments(self, request: Request, view: ClusterView, now: float) -> tuple[Any, ...]:
-        """What the functions of `path_kernels` share; raises as `paths`."""
-        if view is not self._view:
-            self._bind(view)
+    def asked(self, request: Request, view: ClusterView, now: float) -> Asked:
+        """What `path_kernels` compute from; raises as `paths`."""
+        if view is not self._view or self._seen is None:
+            self._seen = self._bind(view)
+            self._view = view
         near = _per_row("cached_decode", request.cached_decode, self._none_held[0])
         far = _per_row("cached_prefill", request.cached_prefill, self._none_held[1])
-        return (*self._tables, near, far, request.tokens, self._chunk, self._overlap, now)
+        return self._seen(near, far, int(request.tokens), self._chunk, self._overlap, float(now))
 
-    def _bind(self, view: ClusterView) -> None:
+    def _bind(self, view: ClusterView) -> functools.partial[Asked]:
         """Gathers the tables of a view and what is known of its servers."""
         near, far, links = view.decode, view.prefill, view.links
         if near.load is None or far.load is None or links is None:
             raise InvalidInput("view", (far.load, near.load, links), "loads and links: this policy predicts from them")
         names = (*near.names, *far.names)
         for field, healthy in (("decode", near.healthy), ("prefill", far.healthy)):
-            if healthy.dtype != np.bool_:
-                raise InvalidInput(f"view.{field}.healthy", healthy.dtype, "a column of bool")
+            if healthy.dtype != np.bool_ or not healthy.flags.c_contiguous or not healthy.flags.writeable:
+                raise InvalidInput(f"view.{field}.healthy", healthy.dtype, "a contiguous column of bool that can be written into")
         unknown = [name for name in names if name not in self._instances]
         if unknown:
             raise InvalidInput("view names", unknown, f"clusters with a profile: {sorted(self._instances)}")
@@ -109,9 +111,9 @@ class Predictor:
         pieces[:, :, 0] = math.inf
         for row, t in enumerate(times):
             pieces[row, : len(t.pieces)] = t.pieces
-        self._tables = near.load.table, near.healthy, far.load.table, far.healthy, links.table, known, pieces, self._kv
         self._none_held = np.zeros(len(near.names), np.int64), np.zeros(len(far.names), np.int64)
-        self._view = view
+        tables = near.load.table, near.healthy, far.load.table, far.healthy, links.table
+        return functools.partial(Asked, *tables, known, pieces, self._kv)
 
 
 def _per_row(field: str, cached: int | Int64[np.ndarray, " rows"], none: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
@@ -120,5 +122,4 @@ def _per_row(field: str, cached: int | Int64[np.ndarray, " rows"], none: Int64[n
         return np.full(len(none), cached, np.int64) if cached else none
     if cached.shape != none.shape:
         raise InvalidInput(f"request.{field}", cached.shape, f"a number, or one per row of the view: {none.shape}")
-    held = np.asarray(cached, np.int64)
-    return held if held.flags.writeable else held.copy()
+    return np.array(cached, np.int64)

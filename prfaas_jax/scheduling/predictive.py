@@ -21,7 +21,7 @@ class LeastTtft:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The fastest path, local at a tie."""
-        return _placement("least_ttft", view, *fastest(*self.predictor.arguments(request, view, now)))
+        return _placement("least_ttft", view, *fastest(self.predictor.asked(request, view, now)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ class ShadowPrice:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """The cheapest of the paths that keep the SLO; the cheapest of all where none does."""
-        shared, table = self.predictor.arguments(request, view, now), self._table(view)
+        asked, table = self.predictor.asked(request, view, now), self._table(view)
         constants = self.busy_s, self.margin, self.slo_scale, self.slo_base_s, self.gather_s
-        return _placement("shadow_price", view, *cheapest(*shared, table.rows, table.links, table.queue, *constants))
+        return _placement("shadow_price", view, *cheapest(asked, table.rows, table.links, table.queue, *constants))
 
     def _table(self, view: ClusterView) -> _Table:
         known: dict[str, _Table] = self._tables  # type: ignore[attr-defined]

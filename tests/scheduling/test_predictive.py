@@ -279,8 +279,7 @@ def test_a_copy_towards_the_region_has_the_price_of_its_link():
 def test_every_path_copies_what_its_other_side_holds_if_that_gains_time():
     far, near = np.array([0, 12_000]), np.array([20_000, 4096])
     request, predictor = Request(30_000, 9, far, near), Predictor(FOUR, CHUNK)
-    *_, links, _, pieces, kv, near_held, far_held, _, _, _, _ = predictor.arguments(request, view := idle_view(FOUR), 0.0)
-    ttft = predictor.paths(request, view, 0.0).ttft_s
+    asked, ttft = (see(request, idle_view(FOUR), 0.0) for see in (predictor.asked, predictor.paths))
 
     def copy(time, own, other, rate, delay_s):
         saved = time.growth(other) - time.growth(own)
@@ -294,7 +293,7 @@ def test_every_path_copies_what_its_other_side_holds_if_that_gains_time():
     }
     assert expected.pop(3)[2] < 0, "slower than to compute it"
     for path in range(6):
-        got = copy_of(links, pieces, kv, ttft, near_held, far_held, path)
+        got = copy_of(asked, ttft.ttft_s, path)
         assert got[:3] == pytest.approx(expected.get(path, (0, 0.0, 0.0)))
         assert got[3:] == {1: (KV.bytes(12_000, 4096), 1)}.get(path, (0.0, 0))
 
