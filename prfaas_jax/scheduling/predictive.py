@@ -72,8 +72,8 @@ class ShadowPrice:
 
     predictor: Predictor
     prices: Prices
-    busy_s: float = 0.3
-    queue_price: float = 0.03
+    busy_s: float = 0.1
+    queue_price: float = 0.01
     margin: float = 0.9
     slo_scale: float = 3.0
     slo_base_s: float = 0.5
