@@ -54,7 +54,7 @@ def busy_view(system: Topology, rng: np.random.Generator) -> ClusterView:
         load = Load.idle(n)
         load.instances[:], load.jobs[:], load.fresh[:] = 4, rng.integers(0, 4, n), rng.integers(0, 2, n)
         load.free_at_s[:], load.drained_at_s[:] = rng.random(n) * 10, rng.random(n) * 10
-        load.slots[:], load.free_slots[:] = slots, slots // 2
+        load.slots[:] = slots
         return Servers(names, rng.random(n) < up, rng.integers(0, 9, n), load)
 
     far = servers(tuple(c.name for c in system.prefill), 0, 0.9)

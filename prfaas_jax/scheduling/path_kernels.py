@@ -16,18 +16,18 @@ from numba import types
 
 from prfaas_jax.scheduling.view import Links, Load, columns_of
 
-_INSTANCES, _SLOTS, _FREE_AT, _DRAINED_AT, _JOBS, _FRESH, _, _WAITING = range(8)
+_INSTANCES, _SLOTS, _FREE_AT, _DRAINED_AT, _JOBS, _FRESH, _WAITING = range(7)
 _RATE, _TRANSFER_RATE, _RTT, _PENDING, _PENDING_BYTES = range(5)
 _CHUNK_S, _START_S, _LOCAL_RATE = range(3)
 
 # Checked and not looked up: what is compiled is kept until this file changes, and would not see that columns have moved.
 if (*columns_of(Load), *columns_of(Links)) != (
-    *("instances", "slots", "free_at_s", "drained_at_s", "jobs", "fresh", "free_slots", "waiting"),
+    *("instances", "slots", "free_at_s", "drained_at_s", "jobs", "fresh", "waiting"),
     *("bytes_per_s", "transfer_bytes_per_s", "rtt_s", "pending", "pending_bytes"),
 ):
     raise ImportError(f"columns of view.py have moved: number them here too; {columns_of(Load)}, {columns_of(Links)}")
 
-_Load = Float64[np.ndarray, "8 servers"]
+_Load = Float64[np.ndarray, "7 servers"]
 _LinkTable = Float64[np.ndarray, "5 prefill decode"]
 _Pieces = Float64[np.ndarray, "rows pieces 4"]
 _Rows = Float64[np.ndarray, " rows"]

@@ -80,7 +80,6 @@ class Load:
         drained_at_s: when all of them would have, if the work were spread evenly.
         jobs: prompts waiting or running on the instance with least work.
         fresh: of these, prompts of which no chunk has been computed yet.
-        free_slots: requests that decode could take at once; 0 for prefill clusters.
         waiting: requests whose KV is there and that wait for a decode slot or pages.
         table: all of them, in this order.
     """
@@ -91,9 +90,8 @@ class Load:
     drained_at_s: Float64[np.ndarray, " servers"]
     jobs: Float64[np.ndarray, " servers"]
     fresh: Float64[np.ndarray, " servers"]
-    free_slots: Float64[np.ndarray, " servers"]
     waiting: Float64[np.ndarray, " servers"]
-    table: Float64[np.ndarray, "8 servers"] = dataclasses.field(init=False)
+    table: Float64[np.ndarray, "7 servers"] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         _stack(self, "load")
@@ -101,7 +99,7 @@ class Load:
     @classmethod
     def idle(cls, servers: int) -> "Load":
         """All zeros, to be written into."""
-        return cls(*np.zeros((8, servers)))
+        return cls(*np.zeros((7, servers)))
 
 
 def columns_of(table: "type[Load | Links]") -> tuple[str, ...]:

@@ -114,7 +114,7 @@ class DecodePool:
         self.pump()
 
     def pump(self) -> None:
-        """Lets waiting requests join while there is room, into the batch that has fewest; writes the pool's columns of the view."""
+        """Lets waiting requests join while there is room, into the batch that has fewest; tells the view how many still wait."""
         waiting, taking = self.waiting, self._taking
         while waiting:
             task, best, fewest = waiting[0], None, self.instance.max_batch
@@ -126,12 +126,7 @@ class DecodePool:
             waiting.popleft()
             best.take(task)
             self.joined(task)
-        running = 0
-        for instance in taking:
-            running += instance.running
-        load, row = self._load, self.row
-        load.free_slots[row] = len(taking) * self.instance.max_batch - running
-        load.waiting[row] = len(waiting)
+        self._load.waiting[self.row] = len(waiting)
 
     def _finish(self, task: DecodeTask) -> None:
         self._done(task)

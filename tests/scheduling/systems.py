@@ -66,7 +66,7 @@ def idle_view(topology: Topology) -> ClusterView:
 
     def servers(names: list[str], prefill: list[int], slots: list[int]) -> Servers:
         load = Load.idle(len(names))
-        load.instances[:], load.slots[:], load.free_slots[:] = prefill, slots, slots
+        load.instances[:], load.slots[:] = prefill, slots
         return Servers(tuple(names), np.ones(len(names), bool), np.zeros(len(names), np.int64), load)
 
     far = servers([c.name for c in topology.prefill], [c.instances for c in topology.prefill], [0] * len(topology.prefill))
