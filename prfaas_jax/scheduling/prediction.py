@@ -107,10 +107,11 @@ class Predictor:
         times = [self._instances[name].prefill for name in names]
         chunk_s = [t.growth(min(self._chunk, t.max_tokens)) for t in times]
         known = np.array([chunk_s, [t.start_s for t in times], [self._local_rates.get(name, math.inf) for name in names]])
-        pieces = np.zeros((len(times), max((len(t.pieces) for t in times), default=1), 4))
+        growths = [t.pieces for t in times]
+        pieces = np.zeros((len(times), max(map(len, growths), default=1), 4))
         pieces[:, :, 0] = math.inf
-        for row, t in enumerate(times):
-            pieces[row, : len(t.pieces)] = t.pieces
+        for row, growth in enumerate(growths):
+            pieces[row, : len(growth)] = growth
         self._none_held = np.zeros(len(near.names), np.int64), np.zeros(len(far.names), np.int64)
         tables = near.load.table, near.healthy, far.load.table, far.healthy, links.table
         return functools.partial(Asked, *tables, known, pieces, self._kv)
