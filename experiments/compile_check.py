@@ -109,7 +109,8 @@ def _fills_lanes(deployed: "Deployment") -> bool:
 
 
 def expected_kernels(deployed: "Deployment", step: str) -> dict[str, int]:
-    """Executions of kernels: paged attention where its platform has one that takes the shapes, and the grouped products of experts."""
+    """Executions of kernels: paged attention and products of experts where the platform has kernels that take the shapes."""
+    from prfaas_jax.ops import moe
     from prfaas_jax.ops.paged_attention import needs_current_in_pool
 
     steps = deployed.steps()
@@ -118,8 +119,13 @@ def expected_kernels(deployed: "Deployment", step: str) -> dict[str, int]:
         for group, name in zip(steps.spec.groups, steps.implementations, strict=True)
         if name is not None and needs_current_in_pool(name)
     )
-    experts = sum(isinstance(layer.mlp, MoeConfig) for layer in deployed.config.layers) if deployed.platform == "tpu" else 0
-    kernels = {"paged_attention": attention if step == "decode" else 0, "ragged-dot-metadata": experts, "ragged-dot-none": 3 * experts}
+    kernels = {"paged_attention": attention if step == "decode" else 0}
+    for layer in deployed.config.layers:
+        if isinstance(layer.mlp, MoeConfig):
+            shape = {"width": deployed.config.hidden_size, "intermediate": layer.mlp.intermediate_size // deployed.mesh.model}
+            name, _ = moe.default_implementation(deployed.platform, **shape)
+            of_layer = {"ragged": {"ragged-dot-metadata": 1, "ragged-dot-none": 3}, "pallas_gpu": {"expert_products": 2}}.get(name, {})
+            kernels |= {kernel: kernels.get(kernel, 0) + times for kernel, times in of_layer.items()}
     return {name: times for name, times in kernels.items() if times}
 
 

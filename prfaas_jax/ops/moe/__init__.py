@@ -1,8 +1,9 @@
 """Mixture of experts: the router, and the experts' feed-forward networks by named implementations.
 
-    dense    every local expert on every token: the reference; pays for E / k times the products that are needed
-    ragged   tokens sorted by expert, XLA's grouped product
-    grouped  tokens sorted by expert and cut into blocks of one expert, one block after another
+    dense       every local expert on every token: the reference; pays for E / k times the products that are needed
+    ragged      tokens sorted by expert, XLA's grouped product
+    grouped     tokens sorted by expert and cut into blocks of one expert, one block after another
+    pallas_gpu  the same blocks by a kernel of our own, all at once
 """
 
 import functools
@@ -13,20 +14,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.ops.moe import dense, grouped, ragged
+from prfaas_jax.ops.moe import dense, grouped, pallas_gpu, ragged
 from prfaas_jax.ops.moe.feed_forward import Activation, Stack
 from prfaas_jax.ops.moe.router import SCORINGS, route
 
-__all__ = ["IMPLEMENTATIONS", "SCORINGS", "default_implementation", "experts_mlp", "route"]
+__all__ = ["IMPLEMENTATIONS", "SCORINGS", "default_implementation", "experts_mlp", "route", "supports"]
 
-_FORMS = {"dense": dense.experts_mlp, "ragged": ragged.experts_mlp, "grouped": grouped.experts_mlp}
-IMPLEMENTATIONS = tuple(_FORMS)
+IMPLEMENTATIONS = ("dense", "ragged", "grouped", "pallas_gpu")
 
 
-def default_implementation(platform: str) -> tuple[str, str]:
-    """(implementation, reason) for a jax platform."""
+def supports(implementation: str, *, width: int, intermediate: int) -> str | None:
+    """Why an implementation does not take experts of D = `width` and (local) F = `intermediate`, or None."""
+    return pallas_gpu.unsupported(width=width, intermediate=intermediate) if implementation == "pallas_gpu" else None
+
+
+def default_implementation(platform: str, *, width: int, intermediate: int) -> tuple[str, str]:
+    """(implementation, reason) for a jax platform and a shape of experts."""
     if platform == "tpu":
         return "ragged", "XLA has a grouped product for tpu"
+    if platform == "cuda":
+        if reason := supports("pallas_gpu", width=width, intermediate=intermediate):
+            return "grouped", f"the kernel for cuda does not take this shape: {reason}"
+        return "pallas_gpu", "the kernel for cuda"
     return "grouped", f"XLA's grouped product on {platform} is every expert on every assignment"
 
 
@@ -42,6 +51,7 @@ def experts_mlp(
     *,
     activation: Activation = jax.nn.silu,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "T D"]:
     """Sum over the LOCAL experts of weight * down(activation(gate x) * up x).
 
@@ -61,9 +71,10 @@ def experts_mlp(
         layer: index into the stack, in range (unchecked); may be traced.
         activation: of the gate.
         implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for.
+        interpret: run a kernel in the Pallas interpreter, for tests on CPU.
 
     Raises:
-        InvalidInput: unknown implementation, or shapes that do not belong together.
+        InvalidInput: unknown implementation or one that does not take this shape, or shapes that do not belong together.
     """
     tokens, width = x.shape
     layers, local, _, intermediate = gate.shape
@@ -76,14 +87,28 @@ def experts_mlp(
     ):
         if array.shape != shape:
             raise InvalidInput(field, array.shape, f"{shape}")
-    if implementation is not None and implementation not in _FORMS:
-        raise InvalidInput("implementation", implementation, f"one of {IMPLEMENTATIONS}")
+    shape = {"width": width, "intermediate": intermediate}
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise InvalidInput("implementation", implementation, f"one of {IMPLEMENTATIONS}")
+        if reason := supports(implementation, **shape):
+            raise InvalidInput("implementation", implementation, f"another one for this shape: {reason}")
 
     def run(name: str) -> Callable[..., Float32[Array, "T D"]]:
-        return functools.partial(_FORMS[name], activation=activation)
+        forms: dict[str, Callable[..., Float32[Array, "T D"]]] = {
+            "dense": dense.experts_mlp,
+            "ragged": ragged.experts_mlp,
+            "grouped": grouped.experts_mlp,
+            "pallas_gpu": functools.partial(
+                grouped.experts_mlp,
+                run_blocks=functools.partial(pallas_gpu.run_blocks, interpret=interpret),
+                least=pallas_gpu.MIN_TILE,
+            ),
+        }
+        return functools.partial(forms[name], activation=activation)
 
     args = x, weights, experts - first_expert, Stack(gate, up, down, jnp.asarray(layer, jnp.int32))
     if implementation is not None:
         return run(implementation)(*args).astype(x.dtype)
-    names = {platform: default_implementation(platform)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}
+    names = {platform: default_implementation(platform, **shape)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}
     return jax.lax.platform_dependent(*args, **{platform: run(name) for platform, name in names.items()}).astype(x.dtype)
