@@ -4,8 +4,8 @@
     python -m experiments.device_check --models=qwen3_0_6b   (measures only this model)
 
 Each op implementation against a float64 reference, colocated against exported and ingested KV in float32 and bfloat16, bytes through
-pinned host memory, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth. On a CPU only ops and the
-equivalence of toys are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
+pinned host memory, recurrences and experts by form, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth.
+On a CPU only ops and the equivalence of toys are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
 """
 
 import dataclasses
@@ -52,6 +52,24 @@ def _equivalence(platform: str) -> list[dict[str, Any]]:
             _say(f"equivalence: {config.name} {dtype}")
             found.append(check_equivalence(dataclasses.replace(config, dtype=dtype), lengths, chunk))
     return found
+
+
+# The experts of a published model that fit a device, at prefill's and decode's numbers of tokens.
+_EXPERTS_OF, _EXPERT_TOKENS = "kimi_linear_48b", (1, 8, 32, 512, 2048)
+
+
+def _forms(platform: str) -> dict[str, Any]:
+    """Speed of recurrences and of experts by form."""
+    from prfaas_jax.models.layer_config import MoeConfig
+    from prfaas_jax.testing import ops_bench
+
+    _say("forms: recurrences and experts")
+    recurrences = ops_bench.summary(list(ops_bench.measure((512, 4096), repeats=3)))
+    config = load_model_config(_EXPERTS_OF)
+    moe = next(layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeConfig))
+    names = ("ragged", "grouped", "pallas_gpu") if platform == "gpu" else ("ragged", "grouped")
+    experts = ops_bench.experts(moe, config.hidden_size, names, _EXPERT_TOKENS, repeats=5)
+    return {"recurrences": recurrences, "experts": {"of": _EXPERTS_OF, "by_tokens": experts}}
 
 
 def _weights(config: ModelConfig) -> tuple[Any, str]:
@@ -103,7 +121,7 @@ def main(argv: list[str]) -> None:
     from prfaas_jax.testing.device_ops import check_ops, check_staging
 
     device = jax.devices()[0]
-    name = re.sub(r"[^a-z0-9]+", "_", device.device_kind.lower()).strip("_")
+    name = re.sub(r"[^a-z0-9]+", "_", device.device_kind.lower().removeprefix("nvidia")).strip("_")
     workdir = Workdir(WORKDIR.value or Path("results") / name, overwrite=WORKDIR.value is None)
     enable_compile_cache()
     workdir.write_env()
@@ -112,9 +130,13 @@ def main(argv: list[str]) -> None:
     ops, skipped = check_ops(device.platform)
     workdir.write_json("ops.json", {"checks": ops, "skipped": skipped})
     staging = None
+    forms: dict[str, Any] = {}
     if device.platform == "cpu":
         skipped.append("staging: the CPU's memory is host memory")
+        skipped.append("speed of forms: bench_engine --ops is for CPUs")
     else:
+        forms = _forms(device.platform)
+        workdir.write_json("forms.json", forms)
         staging = check_staging(device)
         workdir.write_json("staging.json", staging)
     equivalence = _equivalence(device.platform)
@@ -133,6 +155,7 @@ def main(argv: list[str]) -> None:
         "ops": len(ops),
         "equivalence": {f"{e['model']} {e['dtype']}": {k: e[k] for k in ("max_logit_diff", "bit_equal")} for e in equivalence},
         "staging_bytes_per_s": staging["bytes_per_s"] if staging else None,
+        **forms,
         "engine": {e["model"]: {k: e[k] for k in rates} for e in engines},
         "failed": failed,
         "skipped": skipped,

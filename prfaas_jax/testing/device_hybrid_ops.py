@@ -149,5 +149,6 @@ def _experts(dtype: str) -> Iterator[Found]:
     every = np.einsum("tef,efd->ted", inner, wide[3])
     expected = (np.take_along_axis(every, chosen[..., None], axis=1) * weights[..., None]).sum(axis=1)
     for form in moe.IMPLEMENTATIONS:
-        run = jax.jit(functools.partial(moe.experts_mlp, implementation=form))
+        interpret = form == "pallas_gpu" and jax.default_backend() != "gpu"
+        run = jax.jit(functools.partial(moe.experts_mlp, implementation=form, interpret=interpret))
         yield f"experts_mlp/{form}", f"{experts} experts, top {k}", _error(run(x, weights, chosen, gate, up, down, 0, 1), expected)

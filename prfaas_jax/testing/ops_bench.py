@@ -1,10 +1,10 @@
-"""Speed of the linear-attention ops by form: the token recurrence against the chunkwise form, in turns."""
+"""Speed of ops by form, in turns: linear attention (the token recurrence against the chunkwise form), and the experts of a layer."""
 
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from prfaas_jax.models.layer_config import MoeConfig
+from prfaas_jax.ops import moe
 from prfaas_jax.ops.delta_rule import delta_rule, l2_normalize
 
 FORMS = ("recurrent", "chunkwise")
@@ -53,10 +55,40 @@ def measure(lengths: Iterable[int], repeats: int) -> Iterator[OpSample]:
         inputs = _inputs(kind, tokens)
         for repeat in range(-1, repeats):
             for form in FORMS:
-                start = time.perf_counter()
-                jax.block_until_ready(_run(*inputs, form=form))
+                seconds = _seconds(_run, *inputs, form=form)
                 if repeat >= 0:
-                    yield OpSample(kind, form, tokens, repeat, time.perf_counter() - start)
+                    yield OpSample(kind, form, tokens, repeat, seconds)
+
+
+def _seconds(run: Callable[..., Any], *args: Any, **options: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args, **options))
+    return time.perf_counter() - start
+
+
+def experts(config: MoeConfig, width: int, forms: Iterable[str], token_counts: Iterable[int], repeats: int) -> dict[str, Any]:
+    """tokens -> form -> seconds (median) and flops per second of one layer's routed experts in bfloat16, tokens spread evenly at random."""
+    key, (count, size) = jax.random.key(0), (config.num_experts, config.intermediate_size)
+    shapes = {"gate": (1, count, width, size), "up": (1, count, width, size), "down": (1, count, size, width)}
+    draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-2] ** -0.5, static_argnums=1)
+    matrices = [draw(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes.values())]
+    found: dict[str, Any] = {}
+    for tokens in tqdm(list(token_counts), desc="experts", unit="size", leave=False):
+        rng = np.random.default_rng(tokens)
+        x = jax.random.normal(key, (tokens, width), jnp.bfloat16)
+        weights = jnp.asarray(rng.uniform(0.1, 1, (tokens, config.top_k)), jnp.float32)
+        chosen = jnp.asarray(rng.permuted(np.tile(np.arange(count), (tokens, 1)), axis=1)[:, : config.top_k], jnp.int32)
+        runs = {name: jax.jit(functools.partial(moe.experts_mlp, implementation=name)) for name in forms}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for repeat in range(-1, repeats):
+            for name, run in runs.items():
+                seconds = _seconds(run, x, weights, chosen, *matrices, 0)
+                if repeat >= 0:
+                    times[name].append(seconds)
+        flops = 6 * tokens * config.top_k * width * size
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        found[str(tokens)] = {name: {"seconds": s, "flops_per_s": flops / s} for name, s in medians.items()}
+    return found
 
 
 def summary(samples: list[OpSample]) -> dict[str, Any]:

@@ -87,11 +87,11 @@ def experts_mlp(
     ):
         if array.shape != shape:
             raise InvalidInput(field, array.shape, f"{shape}")
-    shape = {"width": width, "intermediate": intermediate}
+    sizes = {"width": width, "intermediate": intermediate}
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
             raise InvalidInput("implementation", implementation, f"one of {IMPLEMENTATIONS}")
-        if reason := supports(implementation, **shape):
+        if reason := supports(implementation, **sizes):
             raise InvalidInput("implementation", implementation, f"another one for this shape: {reason}")
 
     def run(name: str) -> Callable[..., Float32[Array, "T D"]]:
@@ -110,5 +110,5 @@ def experts_mlp(
     args = x, weights, experts - first_expert, Stack(gate, up, down, jnp.asarray(layer, jnp.int32))
     if implementation is not None:
         return run(implementation)(*args).astype(x.dtype)
-    names = {platform: default_implementation(platform, **shape)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}
+    names = {platform: default_implementation(platform, **sizes)[0] for platform in ("cpu", "cuda", "rocm", "tpu")}
     return jax.lax.platform_dependent(*args, **{platform: run(name) for platform, name in names.items()}).astype(x.dtype)
