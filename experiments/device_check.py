@@ -83,7 +83,7 @@ def _weights(config: ModelConfig) -> tuple[Any, str]:
             path = smollm2.fetch()
         except smollm2.DownloadError as error:
             logging.warning("random weights of SmolLM2's shape instead: %s", error)
-            return random_params(config), f"random, the checkpoint could not be had: {error}"
+            return random_params(config), "random, as the checkpoint could not be downloaded"
         return checkpoint.load(str(path), Sharder(make_mesh(MeshSpec()), "decode"), config.dtype).params, "SmolLM2-135M-Instruct"
     return random_params(config), "random"
 
@@ -110,6 +110,40 @@ def _engines(device: Any) -> tuple[list[dict[str, Any]], list[str]]:
         params, weights = _weights(config)
         measured.append({**measure(config, params, chip, CONTEXT.value, BATCH.value), "weights": weights})
     return measured, skipped
+
+
+def draw(workdir: Path) -> None:
+    """Writes figure.png from summary.json: forms of recurrences and experts, and what engines reach of the device's peaks."""
+    import json
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    for kind, by_tokens in summary["recurrences"].items():
+        for form, style in (("chunkwise", "o-"), ("recurrent", "s:")):
+            left.loglog([int(t) for t in by_tokens], [r[f"{form}_tok_s"] for r in by_tokens.values()], style, label=f"{kind} {form}")
+    left.set(title="linear attention", xlabel="tokens", ylabel="tokens/s")
+    left.set_xticks([int(t) for t in by_tokens], list(by_tokens))
+    left.minorticks_off()
+    by_tokens = summary["experts"]["by_tokens"]
+    for form in next(iter(by_tokens.values())):
+        middle.loglog([int(t) for t in by_tokens], [1e3 * r[form]["seconds"] for r in by_tokens.values()], "o-", label=form)
+    middle.set(title=f"experts of {summary['experts']['of']}", xlabel="tokens", ylabel="ms per layer")
+    shares = [("prefill, of peak flops", "mfu"), ("decode, of peak bandwidth", "bandwidth_share")]
+    for shift, (label, key) in enumerate(shares):
+        values = [100 * (e[key] or 0) for e in summary["engine"].values()]
+        right.bar([i + 0.4 * shift for i in range(len(values))], values, width=0.4, label=label)
+    right.set(title="engines, bfloat16", ylabel="%")
+    right.margins(y=0.4)
+    right.set_xticks([i + 0.2 for i in range(len(summary["engine"]))], list(summary["engine"]), rotation=20, fontsize=8)
+    for axis in (left, middle, right):
+        axis.legend(fontsize=8)
+    figure.suptitle(summary["device"])
+    figure.savefig(workdir / "figure.png", dpi=120)
 
 
 def main(argv: list[str]) -> None:
@@ -161,6 +195,8 @@ def main(argv: list[str]) -> None:
         "skipped": skipped,
     }
     workdir.write_summary(summary)
+    if forms:
+        draw(workdir.path)
     headline(summary)
     sys.exit(1 if failed else 0)
 

@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
     """Where a result was measured: python, platform, cpu, packages, commit, date (UTC), and devices once jax has been imported."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": _command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
@@ -121,6 +121,12 @@ class Workdir:
 def write_env(workdir: str | os.PathLike[str]) -> Path:
     """Writes `environment()` to `<workdir>/env.json`; call it once jax has its devices, if the run uses jax."""
     return _write_json(Path(workdir) / "env.json", environment())
+
+
+def _command() -> list[str]:
+    """What was run; a program of this checkout by its path from the top, which says the same on another machine."""
+    program, top = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    return [str(program.relative_to(top)) if program.is_relative_to(top) else sys.argv[0], *sys.argv[1:]]
 
 
 @contextlib.contextmanager

@@ -57,6 +57,15 @@ def test_environment_without_jax_starts_no_jax(tmp_path):
     assert env["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+@pytest.mark.parametrize(
+    ("program", "recorded"),
+    [(Path(__file__).parents[1] / "experiments" / "plan.py", "experiments/plan.py"), ("/elsewhere/run.py", "/elsewhere/run.py")],
+)
+def test_the_command_names_programs_of_this_checkout_from_its_top(program, recorded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(program), "--seed=1"])
+    assert environment()["command"] == [recorded, "--seed=1"]
+
+
 def test_environment_with_jax_names_devices(monkeypatch):
     import jax
 

@@ -11,7 +11,7 @@ from prfaas_jax.ops.products import einsum
 from prfaas_jax.ops.token_chunks import CHUNK, float_where_live, join_chunks, live_in_chunk, live_tokens, split_chunks
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """One chunk, ready to meet a state. `solve` maps what the state and a token's key do not explain of its value to the updates."""
 
     live: Int[Array, " B"]
@@ -41,7 +41,7 @@ def delta_rule(
         live, *padded = chunk
         # Here and not before the scan, where copies of whole sequences would cost more than they do within a chunk.
         tokens = (float_where_live(x, live_tokens(CHUNK, live)).swapaxes(1, 2) for x in padded)
-        state, out = _advance(state, _prepare(live, *tokens))
+        state, out = advance(state, _prepare(live, *tokens))
         return state, out.swapaxes(1, 2)
 
     # Transposed, the products need no other operand transposed but the updates.
@@ -49,10 +49,10 @@ def delta_rule(
     return join_chunks(out, q.shape[1]), state.mT
 
 
-def _prepare(live: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> _Chunk:
+def _prepare(live: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> Chunk:
     scores = (scores_per_channel if g.shape[-1] == k.shape[-1] > 1 else scores_per_head)(q, k, g)
     since_start = jnp.exp(scores.since_start)
-    return _Chunk(
+    return Chunk(
         live=live,
         keys_in=k * since_start,
         queries_in=q * since_start,
@@ -64,7 +64,7 @@ def _prepare(live: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -
     )
 
 
-def _advance(state: Float[Array, "B H dv dk"], chunk: _Chunk) -> tuple[Float[Array, "B H dv dk"], Float[Array, "B H C dv"]]:
+def advance(state: Float[Array, "B H dv dk"], chunk: Chunk) -> tuple[Float[Array, "B H dv dk"], Float[Array, "B H C dv"]]:
     """The transposed state after a chunk, and the chunk's outputs."""
     unexplained = chunk.values - einsum("bhik,bhvk->bhiv", chunk.keys_in, state)
     updates = einsum("bhij,bhjv->bhiv", chunk.solve, unexplained)
