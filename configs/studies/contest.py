@@ -48,6 +48,10 @@ HELD_OUT = frozenset(
 )
 
 
+# What a study of the contest has beside those of paper_case.
+ADDED = ("outage_at", "outage_s", "sessions")
+
+
 def get_config() -> ConfigDict:
     """The paper's case with prefix caches, and what the cells add."""
     config = paper_case()
@@ -80,8 +84,11 @@ def cells(config: ConfigDict, suite: str, contest: Contest) -> Iterator[Cell]:
     begin as the runs' do.
 
     Raises:
-        InvalidInput: an unknown suite, what `case_study` refuses, a trace too short for windows of `LEAST_WINDOW` arrivals.
+        InvalidInput: an unknown suite, a study that is none of the contest, what `case_study` refuses, a trace too short for windows of
+            `LEAST_WINDOW` arrivals.
     """
+    if missing := [field for field in ADDED if field not in config]:
+        raise InvalidInput("config", f"a study without {', '.join(missing)}", "one that has them, as configs/studies/contest.py does")
     if suite not in SUITES:
         raise InvalidInput("suite", suite, f"one of {', '.join(SUITES)}")
     links, workloads = SUITES[suite]

@@ -69,6 +69,7 @@ def test_one_seed_has_no_interval(tmp_path):
         ("--config.n_pd=0", "error: config.n_pd=0"),
         ("--config.load=0.0", "error: "),
         ("--config.sim.slo_scale=0.0", "error: slo_scale=0.0"),
+        ("--config=configs/studies/paper_case.py", "error: config='a study without outage_at, outage_s, sessions'"),
     ],
 )
 def test_bad_flags_are_refused(flag, message, tmp_path):
