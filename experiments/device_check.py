@@ -123,11 +123,11 @@ def draw(workdir: Path) -> None:
 
     summary = json.loads((workdir / "summary.json").read_text())
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    for kind, by_tokens in summary["recurrences"].items():
+    for kind, rates in summary["recurrences"].items():
         for form, style in (("chunkwise", "o-"), ("recurrent", "s:")):
-            left.loglog([int(t) for t in by_tokens], [r[f"{form}_tok_s"] for r in by_tokens.values()], style, label=f"{kind} {form}")
+            left.loglog([int(t) for t in rates], [r[f"{form}_tok_s"] for r in rates.values()], style, label=f"{kind} {form}")
+        left.set_xticks([int(t) for t in rates], list(rates))
     left.set(title="linear attention", xlabel="tokens", ylabel="tokens/s")
-    left.set_xticks([int(t) for t in by_tokens], list(by_tokens))
     left.minorticks_off()
     by_tokens = summary["experts"]["by_tokens"]
     for form in next(iter(by_tokens.values())):
@@ -195,9 +195,9 @@ def main(argv: list[str]) -> None:
         "skipped": skipped,
     }
     workdir.write_summary(summary)
+    headline(summary)
     if forms:
         draw(workdir.path)
-    headline(summary)
     sys.exit(1 if failed else 0)
 
 

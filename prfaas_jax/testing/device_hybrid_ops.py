@@ -134,21 +134,28 @@ def _delta_float64(
     return np.stack(outputs), s
 
 
+# Tokens, width, size, experts: small blocks of tokens, and blocks of the largest size over several tiles of columns and features.
+_EXPERT_SHAPES = ((70, 64, 32, 8), (600, 320, 192, 8))
+
+
 def _experts(dtype: str) -> Iterator[Found]:
-    """Every form of the experts' feed-forward, some experts without tokens."""
-    rng = np.random.default_rng(3)
-    tokens, width, size, experts, k = 70, 64, 32, 8, 2
-    x = _draw(rng, dtype, tokens, width)
-    gate, up = (_draw(rng, dtype, 2, experts, width, size) * np.asarray(width**-0.5, DTYPES[dtype]) for _ in range(2))
-    down = _draw(rng, dtype, 2, experts, size, width) * np.asarray(size**-0.5, DTYPES[dtype])
-    weights = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
-    chosen = np.stack([rng.choice(experts - 2, k, replace=False) for _ in range(tokens)]).astype(np.int32)
-    wide = [a.astype(np.float64) for a in (x, gate[1], up[1], down[1])]
-    inner = np.einsum("td,edf->tef", wide[0], wide[1])
-    inner = inner / (1 + np.exp(-inner)) * np.einsum("td,edf->tef", wide[0], wide[2])
-    every = np.einsum("tef,efd->ted", inner, wide[3])
-    expected = (np.take_along_axis(every, chosen[..., None], axis=1) * weights[..., None]).sum(axis=1)
-    for form in moe.IMPLEMENTATIONS:
-        interpret = form == "pallas_gpu" and jax.default_backend() != "gpu"
-        run = jax.jit(functools.partial(moe.experts_mlp, implementation=form, interpret=interpret))
-        yield f"experts_mlp/{form}", f"{experts} experts, top {k}", _error(run(x, weights, chosen, gate, up, down, 0, 1), expected)
+    """Every form of the experts' feed-forward that runs here, some experts without tokens."""
+    for tokens, width, size, experts in _EXPERT_SHAPES:
+        rng = np.random.default_rng(3)
+        k = 2
+        x = _draw(rng, dtype, tokens, width)
+        gate, up = (_draw(rng, dtype, 2, experts, width, size) * np.asarray(width**-0.5, DTYPES[dtype]) for _ in range(2))
+        down = _draw(rng, dtype, 2, experts, size, width) * np.asarray(size**-0.5, DTYPES[dtype])
+        weights = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
+        chosen = np.stack([rng.choice(experts - 2, k, replace=False) for _ in range(tokens)]).astype(np.int32)
+        wide = [a.astype(np.float64) for a in (x, gate[1], up[1], down[1])]
+        inner = np.einsum("td,edf->tef", wide[0], wide[1])
+        inner = inner / (1 + np.exp(-inner)) * np.einsum("td,edf->tef", wide[0], wide[2])
+        every = np.einsum("tef,efd->ted", inner, wide[3])
+        expected = (np.take_along_axis(every, chosen[..., None], axis=1) * weights[..., None]).sum(axis=1)
+        for form in moe.IMPLEMENTATIONS:
+            if form == "pallas_gpu" and jax.default_backend() != "gpu":
+                continue
+            run = jax.jit(functools.partial(moe.experts_mlp, implementation=form))
+            shape = f"{tokens} tokens, {experts} experts of {width} x {size}, top {k}"
+            yield f"experts_mlp/{form}", shape, _error(run(x, weights, chosen, gate, up, down, 0, 1), expected)

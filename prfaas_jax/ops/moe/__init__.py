@@ -69,8 +69,9 @@ def experts_mlp(
         down: like `gate`.
         first_expert: index of the first local expert; may be traced.
         layer: index into the stack, in range (unchecked); may be traced.
-        activation: of the gate.
-        implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for.
+        activation: of the gate; one that Triton has no code for, such as one with erf, needs another form than "pallas_gpu".
+        implementation: one of `IMPLEMENTATIONS`; None is the default of the platform that the program is compiled for. A program that
+            is exported for several platforms at once must name one that is no kernel.
         interpret: run a kernel in the Pallas interpreter, for tests on CPU.
 
     Raises:
