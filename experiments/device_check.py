@@ -113,7 +113,7 @@ def _engines(device: Any) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def draw(workdir: Path) -> None:
-    """Writes figure.png from summary.json: forms of recurrences and experts, and what engines reach of the device's peaks."""
+    """Writes figure.png from forms.json and engine.json: recurrences and experts by form, what engines reach of the device's peaks."""
     import json
 
     import matplotlib
@@ -121,28 +121,29 @@ def draw(workdir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    summary = json.loads((workdir / "summary.json").read_text())
+    forms, engines = (json.loads((workdir / name).read_text()) for name in ("forms.json", "engine.json"))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    for kind, rates in summary["recurrences"].items():
+    for kind, rates in forms["recurrences"].items():
         for form, style in (("chunkwise", "o-"), ("recurrent", "s:")):
             left.loglog([int(t) for t in rates], [r[f"{form}_tok_s"] for r in rates.values()], style, label=f"{kind} {form}")
         left.set_xticks([int(t) for t in rates], list(rates))
     left.set(title="linear attention", xlabel="tokens", ylabel="tokens/s")
     left.minorticks_off()
-    by_tokens = summary["experts"]["by_tokens"]
+    by_tokens = forms["experts"]["by_tokens"]
     for form in next(iter(by_tokens.values())):
         middle.loglog([int(t) for t in by_tokens], [1e3 * r[form]["seconds"] for r in by_tokens.values()], "o-", label=form)
-    middle.set(title=f"experts of {summary['experts']['of']}", xlabel="tokens", ylabel="ms per layer")
+    middle.set(title=f"experts of {forms['experts']['of']}", xlabel="tokens", ylabel="ms per layer")
     shares = [("prefill, of peak flops", "mfu"), ("decode, of peak bandwidth", "bandwidth_share")]
     for shift, (label, key) in enumerate(shares):
-        values = [100 * (e[key] or 0) for e in summary["engine"].values()]
+        values = [100 * (e[key] or 0) for e in engines["measured"]]
         right.bar([i + 0.4 * shift for i in range(len(values))], values, width=0.4, label=label)
     right.set(title="engines, bfloat16", ylabel="%")
     right.margins(y=0.4)
-    right.set_xticks([i + 0.2 for i in range(len(summary["engine"]))], list(summary["engine"]), rotation=20, fontsize=8)
+    names = [e["model"] for e in engines["measured"]]
+    right.set_xticks([i + 0.2 for i in range(len(names))], names, rotation=20, fontsize=8)
     for axis in (left, middle, right):
         axis.legend(fontsize=8)
-    figure.suptitle(summary["device"])
+    figure.suptitle(json.loads((workdir / "env.json").read_text())["devices"][0]["kind"])
     figure.savefig(workdir / "figure.png", dpi=120)
 
 
