@@ -149,7 +149,7 @@ def _bench_ops() -> None:
         for tokens, r in by_tokens.items():
             rates = f"{r['recurrent_tok_s']:>16.0f} {r['chunkwise_tok_s']:>16.0f}"
             print(f"{kind:12} {tokens:>6} {rates} {r['speedup']:>8.2f} {r['speedup_bound']:>8.2f}")
-    print("at most: were all within chunks free, and only their products with the state left")
+    print("at most: were chunks ready at no cost, and only what depends on the state left")
     workdir.write_config(flags.FLAGS.flag_values_dict())
     workdir.write_env()
     workdir.write_requests([dataclasses.asdict(s) for s in samples])
