@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 
 CacheKind = Literal["paged", "window", "state"]
 
-# Bytes per element of every dtype that may appear in a cache.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Bytes per element of every dtype that may appear in a cache; uint8 only in what a lossy codec makes of one (`kvcache/codecs.py`).
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +50,19 @@ class LayerCache:
     tensors: tuple[TensorSpec, ...]
     window: int | None = None
 
-    def kept(self, length: int) -> tuple[int, int]:
-        """Token positions [start, stop) held after `length` tokens: all, the last `window`, or for a state the last one."""
+    def kept(self, length: int, held: int = 0) -> tuple[int, int]:
+        """Token positions [start, stop) kept after `length` tokens: all, the last `window`, or for a state the last one.
+
+        Without those that a cache of the first `held` tokens has already. A state is exact at one length: an earlier one saves nothing.
+        """
         match self.kind:
             case "paged":
-                return 0, length
+                return min(held, length), length
             case "window":
                 assert self.window is not None
-                return max(0, length - self.window), length
+                return max(0, length - self.window, min(held, length)), length
             case "state":
-                return max(0, length - 1), length
+                return (max(0, length - 1) if held < length else length), length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,9 @@ class CacheGroup:
         """Indices, into this group's layers, of those among consecutive absolute `layers`."""
         return range(bisect.bisect_left(self.layers, layers.start), bisect.bisect_left(self.layers, layers.stop))
 
-    def bytes(self, tokens: int) -> int:
-        """Canonical bytes of this group for a request of `tokens` tokens."""
-        start, stop = self.cache.kept(tokens)
+    def bytes(self, tokens: int, held: int = 0) -> int:
+        """Canonical bytes of this group for a request of `tokens` tokens, without what a cache of the first `held` has already."""
+        start, stop = self.cache.kept(tokens, held)
         return len(self.layers) * (stop - start) * sum(t.token_bytes for t in self.cache.tensors)
 
 
@@ -85,9 +88,9 @@ class CacheSpec:
 
     groups: tuple[CacheGroup, ...]
 
-    def bytes(self, tokens: int) -> int:
-        """S_kv(l): canonical bytes of a request of `tokens` tokens, before any codec."""
-        return sum(g.bytes(tokens) for g in self.groups)
+    def bytes(self, tokens: int, held: int = 0) -> int:
+        """S_kv(l): canonical bytes of a request of `tokens` tokens, before any codec; with `held`, of what they add to the first `held`."""
+        return sum(g.bytes(tokens, held) for g in self.groups)
 
     @property
     def bytes_per_token(self) -> int:
