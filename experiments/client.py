@@ -13,14 +13,19 @@ import sys
 import grpc
 from absl import flags
 
+from experiments import dataclass_flags
 from prfaas_jax.engine.inputs import read_prompts
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.results import headline
-from prfaas_jax.serving.endpoint import parse_address
 from prfaas_jax.serving.process import run_main
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.report import usage_dict, usage_table
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
+from prfaas_jax.transfer.endpoint import parse_address
+from prfaas_jax.transfer.security import Security, open_channel
+
+dataclass_flags.define(Security)
+flags.adopt_module_key_flags(dataclass_flags)
 
 ADDRESS = flags.DEFINE_string("address", None, "host:port of a router or decode server", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "the prompt itself")
@@ -90,9 +95,10 @@ def main(argv: list[str]) -> None:
     """One call; tokens to stdout as they come."""
     del argv
     parse_address("address", ADDRESS.value)
+    security = dataclass_flags.read(Security)
     request = _request()
     text, tokens, usage = "", [], generation_pb2.Usage()
-    with grpc.insecure_channel(ADDRESS.value, FRONT_CHANNEL_OPTIONS) as channel:
+    with open_channel(ADDRESS.value, FRONT_CHANNEL_OPTIONS, security) as channel:
         try:
             for event in generation_pb2_grpc.GenerationStub(channel).Generate(request, timeout=TIMEOUT_S.value):
                 if event.HasField("usage"):

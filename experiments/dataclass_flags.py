@@ -35,7 +35,10 @@ def read(cls: type[T]) -> T:
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """Field name -> its text in the docstring's "Attributes:" section."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in entries}
+    """Field name -> its text in the "Attributes:" section of the class that has it, or of one that this class derives from."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+        docs |= {name: re.sub(r"\s+", " ", text) for name, text in entries}
+    return docs

@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags, logging
 
+from experiments import dataclass_flags
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
+from prfaas_jax.transfer.security import Security
 
 if TYPE_CHECKING:
     from prfaas_jax.serving.proto.generation_pb2 import GenerateRequest, Usage
     from prfaas_jax.testing.cluster import ClusterOptions
     from prfaas_jax.testing.demo import Answer
 
+dataclass_flags.define(Security)
+flags.adopt_module_key_flags(dataclass_flags)
 MODEL = flags.DEFINE_string("model", "smollm2", "smollm2 (real weights), or hybrid (random ones)")
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "where results and logs go; an earlier demo there is overwritten")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 48, "most tokens per answer", lower_bound=2, upper_bound=256)
@@ -136,7 +140,7 @@ def _run(workdir: Workdir, model: _Model) -> tuple[dict[str, Any], list[str]]:
                     status.end()
                     print(text, end="", flush=True)
 
-                answer = demo.ask(cluster.address, prompt.request, show)
+                answer = demo.ask(cluster.address, prompt.request, show, security=options.security)
             print(flush=True)
             return answer
 
@@ -211,6 +215,7 @@ def _options(checkpoint: str, model: _Model) -> "ClusterOptions":
         gbps=GBPS.value,
         rtt_ms=RTT_MS.value,
         platform=os.environ["JAX_PLATFORMS"],
+        security=dataclass_flags.read(Security),
     )
 
 

@@ -3,7 +3,7 @@
     python -m experiments.serve_decode --checkpoint=DIR [--mesh=data:1,model:1] [--address=127.0.0.1:7002]
 
 Prints `READY {"address", "fingerprint"}` once it serves. SIGTERM drains it: NOT_SERVING at once, running requests are finished within
---grace_s, exit 0. There is no TLS yet: other than loopback addresses need --insecure.
+--grace_s, exit 0. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or --insecure.
 """
 
 import asyncio

@@ -2,7 +2,8 @@
 
     python -m experiments.serve_router --decode=127.0.0.1:7002 --prefill=127.0.0.1:7001 --policy=threshold --threshold_tokens=512
 
-Prints `READY {"address", "policy"}` once it serves. There is no TLS yet: other than loopback addresses need --insecure.
+Prints `READY {"address", "policy"}` once it serves. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or
+--insecure.
 """
 
 import asyncio

@@ -11,8 +11,9 @@ from absl import logging
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.view import ClusterView, Servers, ServerStatus
 from prfaas_jax.serving.control_plane import control_channel
-from prfaas_jax.serving.endpoint import parse_address
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2_grpc
+from prfaas_jax.transfer.endpoint import parse_address
+from prfaas_jax.transfer.security import Security
 
 Role = Literal["prefill", "decode"]
 
@@ -52,7 +53,7 @@ class Backend:
 class Backends:
     """All servers of a router, polled every `period_s` seconds."""
 
-    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], period_s: float):
+    def __init__(self, prefill: tuple[str, ...], decode: tuple[str, ...], period_s: float, security: Security):
         """Raises InvalidInput for malformed or repeated addresses, or no decode server."""
         if not decode:
             raise InvalidInput("decode", decode, "at least one decode server")
@@ -62,7 +63,7 @@ class Backends:
             if len(set(addresses)) != len(addresses):
                 raise InvalidInput(field, addresses, "each address once")
         self._addresses: dict[Role, tuple[str, ...]] = {"prefill": prefill, "decode": decode}
-        self._period_s = period_s
+        self._period_s, self._security = period_s, security
         self._all: dict[tuple[Role, str], Backend] = {}
         self._poller: asyncio.Task[None] | None = None
 
@@ -70,7 +71,7 @@ class Backends:
         """Asks every server once, then periodically in the background."""
         for role, addresses in self._addresses.items():
             for address in addresses:
-                self._all[role, address] = Backend(role, address, control_channel(address))
+                self._all[role, address] = Backend(role, address, control_channel(address, self._security))
         await self._ask_all()
         self._poller = asyncio.create_task(self._poll())
 

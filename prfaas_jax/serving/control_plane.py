@@ -9,8 +9,8 @@ import grpc
 from absl import logging
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from prfaas_jax.serving.endpoint import bind
 from prfaas_jax.transfer.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, Options
+from prfaas_jax.transfer.security import Security, add_port, aio_server_interceptors, open_aio_channel
 
 # A server that comes back is found within a second; the default backs off to two minutes.
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 1000), ("grpc.max_reconnect_backoff_ms", 1000))
@@ -19,18 +19,18 @@ _DRAIN_POLL_S = 0.02
 _LAST_WRITES_S = 0.5
 
 
-def control_channel(address: str) -> Any:
+def control_channel(address: str, security: Security) -> Any:
     """A grpc.aio channel to another server's control plane; it connects on first use and reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *_RECONNECT))
+    return open_aio_channel(address, (*CHANNEL_OPTIONS, *_RECONNECT), security)
 
 
 class ControlPlane:
     """A grpc.aio server with health checking. `draining` is set before anything else changes."""
 
-    def __init__(self, address: str, service: str, options: Options = SERVER_OPTIONS):
+    def __init__(self, address: str, service: str, security: Security, options: Options = SERVER_OPTIONS):
         """`service` is the full name of the gRPC service that is served, for health checks by name; `options` are gRPC's."""
         self.address = address
-        self._options = options
+        self._options, self._security = options, security
         self.draining = False
         self._services = ("", service)
         self._health = health.aio.HealthServicer()
@@ -39,10 +39,10 @@ class ControlPlane:
     def bind(self, add: Callable[[Any], None]) -> None:
         """Makes the server, lets `add` put its servicers on it, and binds; raises InvalidInput naming an address that is taken."""
         # No maximum_concurrent_rpcs: it would refuse health checks too. Servicers bound their own calls.
-        self._server = grpc.aio.server(options=self._options)
+        self._server = grpc.aio.server(options=self._options, interceptors=aio_server_interceptors(self._security))
         add(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self.address = bind(self._server, "address", self.address)
+        self.address = add_port(self._server, "address", self.address, self._security)
 
     async def start(self) -> None:
         """Serves, and says so."""

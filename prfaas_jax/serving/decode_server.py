@@ -17,14 +17,9 @@ from prfaas_jax.serving.text import TextCodec
 
 @dataclasses.dataclass(frozen=True)
 class DecodeServerOptions(FrontOptions):
-    """Where a decode server listens and what it bounds; the engine's own queue is bounded by its own options.
+    """What a decode server bounds, besides the options of every front; the engine's own queue is bounded by its own options.
 
     Attributes:
-        address: host:port; port 0 takes any free one.
-        max_requests: Generate calls served at once; more are refused.
-        max_request_s: deadline of a request whose client set none, and the longest that any may take.
-        deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
-        insecure: allow an address that others than this machine can reach; there is no TLS yet.
         idle_s: a remote prefill without any sign of life for so long has failed.
         max_staging_bytes: received KV of one request that waits for its scatter.
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
@@ -52,7 +47,7 @@ class DecodeServer(GenerationFront):
         self._engine, self._tokenizer = engine, tokenizer
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
-        self._peers = PrefillPeers()
+        self._peers = PrefillPeers(options)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
         self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits)
 

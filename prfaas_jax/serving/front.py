@@ -12,37 +12,36 @@ import grpc
 from prfaas_jax.errors import InvalidInput, PrfaasError
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.control_plane import ControlPlane
-from prfaas_jax.serving.endpoint import check_listen
 from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
 from prfaas_jax.serving.usage import InvalidRun
 from prfaas_jax.transfer.channel import FRONT_SERVER_OPTIONS
+from prfaas_jax.transfer.security import Security, check_listen
 
 SERVICE = "prfaas.v1.Generation"
 _ABORT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class FrontOptions:
-    """Where a Generation service listens and what it bounds.
+class FrontOptions(Security):
+    """Where a Generation service listens, who may connect, and what it bounds.
 
     Attributes:
         address: host:port; port 0 takes any free one.
         max_requests: Generate calls served at once; more are refused.
         max_request_s: deadline of a request whose client set none, and the longest that any may take.
         deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
-        insecure: allow an address that others than this machine can reach; there is no TLS yet.
     """
 
     address: str = "127.0.0.1:0"
     max_requests: int = 128
     max_request_s: float = 600.0
     deadline_margin_s: float = 0.05
-    insecure: bool = False
 
     def __post_init__(self) -> None:
-        check_listen("address", self.address, self.insecure)
+        super().__post_init__()
+        check_listen("address", self.address, self)
         for field in ("max_requests", "max_request_s", "deadline_margin_s"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
@@ -53,7 +52,7 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
 
     def __init__(self, options: FrontOptions):
         self._front = options
-        self._plane = ControlPlane(options.address, SERVICE, FRONT_SERVER_OPTIONS)
+        self._plane = ControlPlane(options.address, SERVICE, options, FRONT_SERVER_OPTIONS)
         self._streams = 0
         self._fallbacks = 0
         self._served: collections.Counter[str] = collections.Counter()

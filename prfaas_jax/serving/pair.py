@@ -17,6 +17,7 @@ from prfaas_jax.serving import messages
 from prfaas_jax.serving.launcher import Process, Processes, environment, module_command
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
+from prfaas_jax.transfer.security import open_channel
 
 READY_S = 600.0
 
@@ -39,7 +40,7 @@ def generate(
 
     Raises GenerateFailed for the first call that ends with an error; the others are cancelled.
     """
-    with grpc.insecure_channel(address, options=FRONT_CHANNEL_OPTIONS) as channel:
+    with open_channel(address, FRONT_CHANNEL_OPTIONS) as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
         calls = [stub.Generate(_request(prompt, sampling, placement), timeout=timeout_s) for prompt in prompts]
         with concurrent.futures.ThreadPoolExecutor(max(1, len(calls))) as pool:

@@ -14,11 +14,12 @@ from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.control_plane import ControlPlane
-from prfaas_jax.serving.endpoint import check_listen, parse_address
 from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.transfer.endpoint import parse_address
 from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket
+from prfaas_jax.transfer.security import Security, check_listen
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
 SERVICE = "prfaas.v1.Prefill"
@@ -27,8 +28,8 @@ _MAX_UNREAD_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillServerOptions:
-    """Where a prefill server listens and what it bounds.
+class PrefillServerOptions(Security):
+    """Where a prefill server listens, who may connect, and what it bounds.
 
     Attributes:
         address: host:port of the control plane; port 0 takes any free one.
@@ -39,7 +40,6 @@ class PrefillServerOptions:
         max_streams: lane streams served at once.
         lease_s: a ticket that nobody fetches from for so long is dropped.
         heartbeat_s: silence on a control stream is broken this often.
-        insecure: allow addresses that others than this machine can reach; there is no TLS yet.
     """
 
     address: str = "127.0.0.1:0"
@@ -50,11 +50,11 @@ class PrefillServerOptions:
     max_streams: int = 64
     lease_s: float = 30.0
     heartbeat_s: float = 0.5
-    insecure: bool = False
 
     def __post_init__(self) -> None:
-        check_listen("address", self.address, self.insecure)
-        check_listen("lane_address", self.lane_address, self.insecure)
+        super().__post_init__()
+        check_listen("address", self.address, self)
+        check_listen("lane_address", self.lane_address, self)
         if self.advertise_lane is not None:
             parse_address("advertise_lane", self.advertise_lane)
         for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s"):
@@ -80,8 +80,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         self._engine = engine
         self._options = options
         self._outbox = Outbox(engine.spec, options.staging_bytes, options.lease_s, time.monotonic)
-        self._lanes = LaneServer(self._outbox, options.lane_address, options.max_streams)
-        self._plane = ControlPlane(options.address, SERVICE)
+        self._lanes = LaneServer(self._outbox, options.lane_address, options.max_streams, security=options)
+        self._plane = ControlPlane(options.address, SERVICE, options)
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
 

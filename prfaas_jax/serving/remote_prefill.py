@@ -18,6 +18,7 @@ from prfaas_jax.serving.control_plane import control_channel
 from prfaas_jax.serving.proto import prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.puller import Puller
+from prfaas_jax.transfer.security import Security
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
 # Release is a courtesy: the lease of the other side ends what this does not reach.
@@ -64,16 +65,17 @@ class RemoteResult:
 
 
 class PrefillPeers:
-    """One warm control channel per prefill server, shared by all requests."""
+    """One warm control channel per prefill server, shared by all requests; lanes are opened with the same `security`."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security) -> None:
+        self.security = security
         self._channels: dict[str, Any] = {}
         self._releases: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> prefill_pb2_grpc.PrefillStub:
         """The stub for an address; the channel connects on first use and reconnects by itself."""
         if address not in self._channels:
-            self._channels[address] = control_channel(address)
+            self._channels[address] = control_channel(address, self.security)
         return prefill_pb2_grpc.PrefillStub(self._channels[address])
 
     def release(self, address: str, ticket: bytes, epoch: int) -> None:
@@ -182,6 +184,7 @@ class RemotePrefill:
             self._on_block,
             self._idle_s,
             self._max_staging_bytes,
+            security=self._peers.security,
         )
         puller.start()
         pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.bytes)

@@ -17,14 +17,9 @@ from prfaas_jax.serving.usage import InvalidRun
 
 @dataclasses.dataclass(frozen=True)
 class RouterOptions(FrontOptions):
-    """Where a router listens and what stands behind it.
+    """What stands behind a router, besides the options of every front.
 
     Attributes:
-        address: host:port; port 0 takes any free one.
-        max_requests: Generate calls served at once; more are refused.
-        max_request_s: deadline of a request whose client set none, and the longest that any may take.
-        deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
-        insecure: allow an address that others than this machine can reach; there is no TLS yet.
         decode: addresses of decode servers, comma separated; at least one.
         prefill: addresses of prefill servers, comma separated; may be empty.
         poll_s: how often each server is asked for its status; one that does not answer within twice that, or a second, is unhealthy.
@@ -50,7 +45,7 @@ class Router(GenerationFront):
         """
         super().__init__(options)
         self._policy, self._tokenizer, self._margin_s = policy, tokenizer, options.deadline_margin_s
-        self._backends = Backends(_addresses(options.prefill), _addresses(options.decode), options.poll_s)
+        self._backends = Backends(_addresses(options.prefill), _addresses(options.decode), options.poll_s, options)
 
     async def start(self) -> None:
         """Asks every server once, binds and serves; raises InvalidInput naming an address that cannot be bound."""

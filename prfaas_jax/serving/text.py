@@ -58,7 +58,7 @@ class TextStream:
         """Raises InvalidInput for an empty stop string, or any without a tokenizer."""
         if tokenizer is None:
             if stop_strings:
-                raise InvalidInput("stop_strings", list(stop_strings), "none: this server has no tokenizer")
+                raise InvalidInput("number of stop_strings", len(stop_strings), "none: this server has no tokenizer")
             self._stream = None
             return
         # Only here: it needs the optional `tokenizers` package, as this server's tokenizer did.

@@ -14,13 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grpc
-
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.serving.launcher import LaunchFailed, Process, Processes, environment, module_command
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.testing.relay import Relay
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
+from prfaas_jax.transfer.security import NONE, Security, open_channel
 
 READY_S = 900.0
 _STATUS_S = 30.0
@@ -43,6 +42,7 @@ class ClusterOptions:
         gbps: Gbit/s of the WAN in each direction; None is unlimited. Lane and control stream each have a link of their own.
         rtt_ms: its round trip.
         platform: what JAX runs on ("cpu", ..); None leaves the choice to JAX.
+        security: of all three processes, and of what this one asks them.
     """
 
     prefill: EngineOptions
@@ -52,6 +52,7 @@ class ClusterOptions:
     gbps: float | None = 1.0
     rtt_ms: float = 20.0
     platform: str | None = "cpu"
+    security: Security = NONE
 
 
 class Cluster:
@@ -81,13 +82,14 @@ class Cluster:
         # The prefill server is told what to advertise before it has a port of its own: the lane's target follows.
         self.lane = stack.enter_context(Relay("127.0.0.1:9", gbps=options.gbps, rtt_ms=options.rtt_ms))
         processes = stack.enter_context(Processes(self._log_dir))
+        security = dataclasses.asdict(options.security)
         engine_env = environment(options.platform) | _PATIENCE
         sites: dict[str, dict[str, Any]] = {
             "prefill": dataclasses.asdict(options.prefill) | {"advertise_lane": self.lane.address},
             "decode": dataclasses.asdict(options.decode) | {"idle_s": _IDLE_S},
         }
         for name, flags in sites.items():
-            self._starting[name] = processes.launch(name, module_command(f"experiments.serve_{name}", flags), engine_env)
+            self._starting[name] = processes.launch(name, module_command(f"experiments.serve_{name}", flags | security), engine_env)
         self._wait_ready()
         prefill, decode = (self._starting[name].ready for name in sites)
         self.lane.set_target(prefill["lane_address"])
@@ -101,7 +103,7 @@ class Cluster:
             "tokenizer": options.tokenizer,
             "poll_s": _POLL_S,
         }
-        command = module_command("experiments.serve_router", router)
+        command = module_command("experiments.serve_router", router | security)
         self._starting["router"] = processes.launch("router", command, environment(moves_kv=False) | _PATIENCE)
         self._wait_ready()
         self.address: str = self._starting["router"].ready["address"]
@@ -127,12 +129,12 @@ class Cluster:
 
     def decode_status(self) -> generation_pb2.GenerationStatus:
         """The decode server's own account of what it did."""
-        with grpc.insecure_channel(self.decode_address, options=FRONT_CHANNEL_OPTIONS) as channel:
+        with open_channel(self.decode_address, FRONT_CHANNEL_OPTIONS, self._options.security) as channel:
             return generation_pb2_grpc.GenerationStub(channel).Status(common_pb2.StatusRequest(), timeout=_STATUS_S)
 
     def prefill_status(self) -> prefill_pb2.PrefillStatus:
         """The prefill server's, asked over the WAN."""
-        with grpc.insecure_channel(self.control.address, options=FRONT_CHANNEL_OPTIONS) as channel:
+        with open_channel(self.control.address, FRONT_CHANNEL_OPTIONS, self._options.security) as channel:
             return prefill_pb2_grpc.PrefillStub(channel).Status(common_pb2.StatusRequest(), timeout=_STATUS_S)
 
 

@@ -11,6 +11,7 @@ from prfaas_jax.models.tokenizer import Tokenizer
 from prfaas_jax.serving.pair import GenerateFailed
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
+from prfaas_jax.transfer.security import NONE, Security, open_channel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,19 @@ def token_prompt(ids: Sequence[int], max_new_tokens: int) -> generation_pb2.Gene
     return generation_pb2.GenerateRequest(token_ids=ids_message, max_new_tokens=max_new_tokens, ignore_eos=True)
 
 
-def ask(address: str, request: generation_pb2.GenerateRequest, on_text: Callable[[str], None], timeout_s: float = 600.0) -> Answer:
+def ask(
+    address: str,
+    request: generation_pb2.GenerateRequest,
+    on_text: Callable[[str], None],
+    timeout_s: float = 600.0,
+    security: Security = NONE,
+) -> Answer:
     """Sends a request to a Generation service; `on_text` gets every piece of the answer as it comes, which may be empty.
 
     The answer to token ids are token ids. A failed remote prefill is an error here, not a fallback. Raises GenerateFailed.
     """
     pieces, first_at, usage = [], None, generation_pb2.Usage()
-    with grpc.insecure_channel(address, options=FRONT_CHANNEL_OPTIONS) as channel:
+    with open_channel(address, FRONT_CHANNEL_OPTIONS, security) as channel:
         try:
             for event in generation_pb2_grpc.GenerationStub(channel).Generate(request, timeout=timeout_s):
                 if event.HasField("usage"):

@@ -11,6 +11,7 @@ import numpy as np
 
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.security import open_channel
 
 _TIMEOUT_S = 600.0
 # Streams are up to speed after this many tokens.
@@ -31,7 +32,7 @@ class Pace:
     """Drives one decode server: `streams` requests that decode, and one remote request of `tokens` tokens that comes on top."""
 
     def __init__(self, decode: str, prefill: str, vocab: int, streams: int, tokens: int):
-        self._channel = grpc.insecure_channel(decode, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(decode, CHANNEL_OPTIONS)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
         self._prefill, self._vocab, self._streams, self._tokens = prefill, vocab, streams, tokens
         self._pool = concurrent.futures.ThreadPoolExecutor(streams)

@@ -52,6 +52,8 @@ _SERVER: Final[Options] = (
     ("grpc.http2.max_ping_strikes", 0),
     # Two servers on one port would each get some of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
+    # Who connects and does not speak, or speaks something else, holds a descriptor no longer than this; by default two minutes.
+    ("grpc.server_handshake_timeout_ms", 20_000),
 )
 _CHANNEL: Final[Options] = (
     # Every channel its own connection, so that lanes do not share one TCP window.

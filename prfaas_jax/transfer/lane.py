@@ -13,6 +13,7 @@ import grpc
 from prfaas_jax.errors import InvalidInput, PeerMismatch, TransferError
 from prfaas_jax.transfer.channel import LANE_SERVER_OPTIONS
 from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, UnknownTicket
+from prfaas_jax.transfer.security import NONE, Security, add_port, server_interceptors
 from prfaas_jax.transfer.wire import FetchRequest
 
 SERVICE = "prfaas.Lane"
@@ -34,6 +35,7 @@ class LaneServer:
         max_streams: int = 16,
         idle_s: float = 30.0,
         stall_s: float = 30.0,
+        security: Security = NONE,
     ):
         """Binds at once; port 0 takes a free one.
 
@@ -43,14 +45,12 @@ class LaneServer:
             max_streams: streams at a time; each pins one thread.
             idle_s: a stream ends when its prefill shows no sign of life for this long.
             stall_s: a stream is cancelled when its reader accepts no message for this long.
+            security: what the port asks of peers.
 
         Raises InvalidInput when the address cannot be bound.
         """
         if max_streams < 1:
             raise InvalidInput("max_streams", max_streams, "a positive integer")
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal()):
-            raise InvalidInput("lane_address", address, "host:port, port 0 for any free one")
         self._outbox, self._idle_s, self._stall_s = outbox, idle_s, stall_s
         self._lock = threading.Lock()
         # When each stream handed over the message that its reader has yet to accept; None while it waits for the prefill.
@@ -59,17 +59,14 @@ class LaneServer:
         self._watchdog = threading.Thread(target=self._cancel_stalled, name="lane-watchdog", daemon=True)
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_streams, thread_name_prefix="lane"),
+            interceptors=server_interceptors(security),
             options=LANE_SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_streams,
         )
         # No serialisers: a message is bytes already.
         method = grpc.unary_stream_rpc_method_handler(self._fetch)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"FetchKV": method}),))
-        try:
-            bound = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise InvalidInput("lane_address", address, f"an address that can be bound ({error})") from error
-        self.address = f"{host}:{bound}"
+        self.address = add_port(self._server, "lane_address", address, security)
 
     @property
     def streams(self) -> int:

@@ -15,6 +15,7 @@ from prfaas_jax.transfer.assembly import Assembly, Block, Staging
 from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.lane import METHOD
+from prfaas_jax.transfer.security import NONE, Security, open_channel
 
 OnBlock = Callable[[SegmentKey, np.ndarray, Callable[[], None]], None]
 
@@ -43,6 +44,7 @@ class Puller:
         on_block: OnBlock,
         idle_s: float = 10.0,
         max_staging_bytes: int = 64 << 20,
+        security: Security = NONE,
     ):
         """Raises InvalidInput for a spec that lanes cannot carry, no lanes, or sizes out of range."""
         wire.check_spec(spec)
@@ -59,6 +61,7 @@ class Puller:
         self._request = wire.FetchRequest(ticket_id, epoch).encode()
         self._on_block = on_block
         self._idle_s = idle_s
+        self._security = security
         self._changed = threading.Condition()
         self._assembly = Assembly(spec, length, Staging(max_staging_bytes))
         self._in_flight = 0  # blocks handed on whose `done` has not come
@@ -142,7 +145,7 @@ class Puller:
 
     def _read(self, lane: str) -> None:
         """One lane, from connection to end of stream."""
-        channel = grpc.insecure_channel(lane, LANE_CHANNEL_OPTIONS)
+        channel = open_channel(lane, LANE_CHANNEL_OPTIONS, self._security)
         with self._changed:
             if self._over():
                 channel.close()

@@ -19,6 +19,7 @@ from prfaas_jax.serving.router import Router, RouterOptions
 from prfaas_jax.testing.fake_decode import FakeDecodeEngine, FakeDecodeOptions, next_token
 from prfaas_jax.testing.profiled import ProfiledPrefillEngine
 from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
+from prfaas_jax.transfer.security import NONE, open_channel
 
 GQA = LayerCache("paged", (TensorSpec("k", 2, 8, "float32"), TensorSpec("v", 2, 8, "float32")))
 WINDOW = LayerCache("window", (TensorSpec("k", 1, 8, "bfloat16"), TensorSpec("v", 1, 4, "bfloat16")), 40)
@@ -143,33 +144,33 @@ def read(call) -> Answer:
 
 
 @contextlib.contextmanager
-def channel(address: str):
-    with grpc.insecure_channel(address, CHANNEL_OPTIONS) as open_channel:
-        yield open_channel
+def channel(address: str, security=NONE):
+    with open_channel(address, CHANNEL_OPTIONS, security) as opened:
+        yield opened
 
 
-def generate(address: str, message, timeout: float = 20.0) -> Answer:
-    with channel(address) as open_channel:
-        return read(generation_pb2_grpc.GenerationStub(open_channel).Generate(message, timeout=timeout))
+def generate(address: str, message, timeout: float = 20.0, security=NONE) -> Answer:
+    with channel(address, security) as opened:
+        return read(generation_pb2_grpc.GenerationStub(opened).Generate(message, timeout=timeout))
 
 
-def error_of(address: str, message, timeout: float = 20.0) -> grpc.RpcError:
+def error_of(address: str, message, timeout: float = 20.0, security=NONE) -> grpc.RpcError:
     """The error that the call ends with; fails when it ends well."""
     try:
-        answer = generate(address, message, timeout)
+        answer = generate(address, message, timeout, security)
     except grpc.RpcError as error:
         return error
     raise AssertionError(f"no error but {answer}")
 
 
-def generation_status(address: str) -> generation_pb2.GenerationStatus:
-    with channel(address) as open_channel:
-        return generation_pb2_grpc.GenerationStub(open_channel).Status(common_pb2.StatusRequest(), timeout=10)
+def generation_status(address: str, security=NONE) -> generation_pb2.GenerationStatus:
+    with channel(address, security) as opened:
+        return generation_pb2_grpc.GenerationStub(opened).Status(common_pb2.StatusRequest(), timeout=10)
 
 
-def prefill_status(address: str) -> prefill_pb2.PrefillStatus:
-    with channel(address) as open_channel:
-        return prefill_pb2_grpc.PrefillStub(open_channel).Status(common_pb2.StatusRequest(), timeout=10)
+def prefill_status(address: str, security=NONE) -> prefill_pb2.PrefillStatus:
+    with channel(address, security) as opened:
+        return prefill_pb2_grpc.PrefillStub(opened).Status(common_pb2.StatusRequest(), timeout=10)
 
 
 def eventually(check, timeout_s: float = 5.0, what: str = ""):
