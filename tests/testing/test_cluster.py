@@ -13,7 +13,10 @@ import pytest
 
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.serving.launcher import LaunchFailed
+from prfaas_jax.serving.pair import GenerateFailed
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
+from prfaas_jax.testing import demo
+from prfaas_jax.testing.certificates import CertificateOptions, make_certificates
 from prfaas_jax.testing.cluster import Cluster, ClusterOptions, LinkTrace, phase
 
 ENGINE = EngineOptions("random:qwen3_toy", dtype="float32", chunk=64, max_length=256, max_rows=8, max_prefill_rows=1, page_size=16)
@@ -47,6 +50,20 @@ def test_long_prompts_cross_the_link_and_short_ones_do_not(tmp_path):
         assert cluster.decode_status().engine.tokens_prefilled == 100
         assert cluster.prefill_status().engine.tokens_prefilled == 101
     assert children() <= before
+
+
+def test_the_same_over_tls_with_a_token(tmp_path):
+    certificates = CertificateOptions(str(tmp_path / "certs"))
+    make_certificates(certificates)
+    security = certificates.security("client")
+    options = ClusterOptions(ENGINE, ENGINE, threshold_tokens=100, rtt_ms=4.0, security=security)
+    with Cluster(options, tmp_path) as cluster, LinkTrace(cluster.lane) as trace:
+        usage = demo.ask(cluster.address, demo.token_prompt(range(1, 102), 3), lambda text: None, 60, security).usage
+        assert (usage.placement, usage.kv_bytes_moved, usage.tokens_recomputed) == ("remote", usage.kv_bytes_expected, 0)
+        assert usage.kv_bytes_moved < trace.passed < 1.1 * usage.kv_bytes_moved
+        assert cluster.prefill_status().engine.tokens_prefilled == 101
+        with pytest.raises(GenerateFailed, match="UNAVAILABLE"):
+            demo.ask(cluster.address, demo.token_prompt([1], 3), lambda text: None, 60)
 
 
 def test_a_server_that_does_not_start_ends_all_and_says_why(tmp_path):
