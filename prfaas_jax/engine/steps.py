@@ -179,9 +179,7 @@ class Steps:
     def prefill_segment(self) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, Any], tuple[jax.Array, Added]]:
         """(params, pools, plan, residual stream, first repeat) -> (residual stream, what one segment of the body added)."""
 
-        def prefill_segment(
-            params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, first: jax.Array
-        ) -> tuple[jax.Array, Added]:
+        def prefill_segment(params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, first: jax.Array) -> tuple[jax.Array, Added]:
             model, _, step = self._prefill_step(params, pools, plan)
             x, _, new = model.run_body(x, step, (), first, self.config.pattern.segment_repeats)
             return self._between(x), new

@@ -50,10 +50,10 @@ class SegmentKey:
         layers, tokens, heads, width = self.shape(spec)
         return layers * tokens * heads * width * DTYPE_BYTES[self.tensor_spec(spec).dtype]
 
-    def check(self, spec: CacheSpec, length: int) -> None:
-        """Raises InvalidInput unless every range is non-empty and inside what a `length`-token request leaves behind."""
+    def check(self, spec: CacheSpec, length: int, held: int = 0) -> None:
+        """Raises InvalidInput unless every range is non-empty and inside what a `length`-token request adds to its first `held` tokens."""
         tensor, group = self.tensor_spec(spec), spec.groups[self.group]
-        bounds = {"layers": (0, len(group.layers)), "tokens": group.cache.kept(length), "heads": (0, tensor.heads)}
+        bounds = {"layers": (0, len(group.layers)), "tokens": group.cache.kept(length, held), "heads": (0, tensor.heads)}
         for field, (first, limit) in bounds.items():
             start, stop = getattr(self, field)
             if not first <= start < stop <= limit:

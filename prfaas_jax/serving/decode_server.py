@@ -10,8 +10,8 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.front import FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Generation, Progress, Site, Write
+from prfaas_jax.serving.peers import PrefillPeers
 from prfaas_jax.serving.proto import common_pb2, generation_pb2
-from prfaas_jax.serving.remote_prefill import PrefillPeers
 from prfaas_jax.serving.text import TextCodec
 
 
@@ -21,17 +21,19 @@ class DecodeServerOptions(FrontOptions):
 
     Attributes:
         idle_s: a remote prefill without any sign of life for so long has failed.
+        lanes: connections to each prefill server's lane port; more of them fill a link with a long round trip sooner.
         max_staging_bytes: received KV of one request that waits for its scatter.
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
     """
 
     idle_s: float = 5.0
+    lanes: int = 2
     max_staging_bytes: int = 64 << 20
     max_unread_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("idle_s", "max_staging_bytes", "max_unread_bytes"):
+        for field in ("idle_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
 
@@ -39,15 +41,13 @@ class DecodeServerOptions(FrontOptions):
 class DecodeServer(GenerationFront):
     """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
 
-    def __init__(
-        self, engine: api.DecodeEngine, tokenizer: TextCodec | None, options: DecodeServerOptions, eos_ids: tuple[int, ...] = ()
-    ):
+    def __init__(self, engine: api.DecodeEngine, tokenizer: TextCodec | None, options: DecodeServerOptions, eos_ids: tuple[int, ...] = ()):
         """`eos_ids` stop every generation that does not ask to ignore them."""
         super().__init__(options)
         self._engine, self._tokenizer = engine, tokenizer
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
-        self._peers = PrefillPeers(options)
+        self._peers = PrefillPeers(options, options.lanes)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
         self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits)
 
@@ -68,6 +68,7 @@ class DecodeServer(GenerationFront):
         status.engine.CopyFrom(messages.status_to_proto(self._engine.status()))
         status.model_fingerprint = self._engine.fingerprint
         status.cache_fingerprint = self._engine.spec.fingerprint()
+        status.links.extend(self._peers.links())
         status.has_tokenizer = self._tokenizer is not None
         return status
 

@@ -14,8 +14,9 @@ from prfaas_jax.engine import api
 from prfaas_jax.errors import EngineFailed, TransferError
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.events import EventQueue
+from prfaas_jax.serving.peers import PrefillPeers, link_to_proto
 from prfaas_jax.serving.proto import generation_pb2
-from prfaas_jax.serving.remote_prefill import PrefillPeers, RemotePrefill, RemotePrefillFailed, RemoteResult
+from prfaas_jax.serving.remote_prefill import RemotePrefill, RemotePrefillFailed, RemoteResult
 from prfaas_jax.serving.text import TextCodec, TextStream, encode_prompt
 from prfaas_jax.serving.usage import InvalidRun, Marks, progress_spans, span, ttft_parts
 from prfaas_jax.transfer.counters import Counters
@@ -63,6 +64,7 @@ class Generation:
         self._events: EventQueue[api.Event] = EventQueue(site.max_unread_bytes, _weigh)
         self._over = False
         self._remote: RemoteResult | None = None
+        self._resumes, self._recomputed_there = 0, 0
         self._counters = Counters()
         self._computed_here: list[tuple[int, float]] = []
         self._local: api.PrefillDone | None = None
@@ -114,7 +116,7 @@ class Generation:
         attempt = RemotePrefill(
             self._site.engine,
             job,
-            self._request.placement.prefill_address,
+            (self._request.placement.prefill_address, *self._request.placement.alternatives),
             self._site.peers,
             self._site.executor,
             deadline=self._deadline,
@@ -134,6 +136,7 @@ class Generation:
             self._spans += span("failed remote prefill", self.marks, attempt.timeline.started, self.marks.remote_failed)
             await self._reserve(job.prompt, job.sampling)
             return
+        self._resumes, self._recomputed_there = attempt.resumes, attempt.recomputed
         timeline = result.timeline
         assert timeline.verified is not None
         self.marks.prefilled = timeline.verified
@@ -271,7 +274,7 @@ class Generation:
         why = f"fallback: {self.fallback}" if self.fallback else ""
         return generation_pb2.Usage(
             placement="local" if remote is None else "remote",
-            prefill_address="" if remote is None else placement.prefill_address,
+            prefill_address="" if remote is None else remote.address,
             reason=why or placement.reason or "no placement was asked for",
             prompt_tokens=prompt_tokens,
             output_tokens=len(self._itl) + 1,
@@ -282,7 +285,11 @@ class Generation:
             kv_bytes_skipped=self._counters.skipped,
             kv_bytes_resent=self._counters.resent,
             kv_bytes_expected=0 if remote is None else self._site.engine.spec.bytes(prompt_tokens),
-            tokens_recomputed=self.fallback.tokens if self.fallback else self._counters.recomputed_tokens,
+            tokens_recomputed=self.fallback.tokens if self.fallback else self._counters.recomputed_tokens + self._recomputed_there,
+            resumes=self._resumes,
+            kv_bytes_wire=self._counters.wire,
+            exposed_bound_s=(remote.exposed_bound_s or 0.0) if remote else 0.0,
+            link=link_to_proto(remote.address, remote.link) if remote else None,
             parts=parts,
             ttft_s=placement.route_s + marks.first - marks.arrived,
             itl_s=self._itl,

@@ -28,9 +28,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.Sampling:
 def sampling_from_proto(message: common_pb2.Sampling, max_new_tokens: int, return_logits: bool) -> SamplingParams:
     """Absent fields take the defaults of SamplingParams; raises InvalidInput as that does."""
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
-    return SamplingParams(
-        **given, stop_token_ids=tuple(message.stop_token_ids), max_new_tokens=max_new_tokens, return_logits=return_logits
-    )
+    return SamplingParams(**given, stop_token_ids=tuple(message.stop_token_ids), max_new_tokens=max_new_tokens, return_logits=return_logits)
 
 
 def token_to_proto(token: Token) -> common_pb2.Token:
@@ -45,9 +43,10 @@ def token_from_proto(message: common_pb2.Token) -> Token:
     return Token(message.id, message.logprob, logits)
 
 
-def key_to_proto(key: SegmentKey) -> prefill_pb2.SegmentReady:
-    """A segment's place, without its bytes."""
+def key_to_proto(key: SegmentKey, ready_s: float) -> prefill_pb2.SegmentReady:
+    """A segment's place, without its bytes, and when it was handed out."""
     return prefill_pb2.SegmentReady(
+        ready_s=ready_s,
         group=key.group,
         tensor=key.tensor,
         layers_start=key.layers[0],
@@ -57,6 +56,12 @@ def key_to_proto(key: SegmentKey) -> prefill_pb2.SegmentReady:
         heads_start=key.heads[0],
         heads_stop=key.heads[1],
     )
+
+
+def key_from_proto(message: prefill_pb2.SegmentReady) -> SegmentKey:
+    """Inverse of `key_to_proto`; nothing is judged here."""
+    layers, tokens = (message.layers_start, message.layers_stop), (message.tokens_start, message.tokens_stop)
+    return SegmentKey(message.group, message.tensor, layers, tokens, (message.heads_start, message.heads_stop))
 
 
 def status_to_proto(status: EngineStatus) -> common_pb2.EngineStatus:
@@ -80,7 +85,7 @@ def manifest(spec: CacheSpec, length: int) -> prefill_pb2.Manifest:
     groups = [
         prefill_pb2.Manifest.Group(kind=group.cache.kind, layers=len(group.layers), bytes=group.bytes(length)) for group in spec.groups
     ]
-    return prefill_pb2.Manifest(length=length, bytes=spec.bytes(length), groups=groups)
+    return prefill_pb2.Manifest(length=length, bytes=spec.bytes(length), groups=groups, wire_bytes=spec.bytes(length))
 
 
 def check_peer(pairs: Sequence[tuple[str, object, object]]) -> None:

@@ -18,7 +18,7 @@ from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.endpoint import parse_address
 from prfaas_jax.transfer.lane import LaneServer
-from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket
+from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket, UnknownTicket
 from prfaas_jax.transfer.security import Security, check_listen
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
@@ -40,6 +40,9 @@ class PrefillServerOptions(Security):
         max_streams: lane streams served at once.
         lease_s: a ticket that nobody fetches from for so long is dropped.
         heartbeat_s: silence on a control stream is broken this often.
+        detach_s: a prompt whose control stream broke is computed for so long without one, so that its caller can come back to it.
+        message_kib: largest message of KV.
+        pace_gbps: KV leaves no faster than this, all readers together; None leaves the pace to TCP.
     """
 
     address: str = "127.0.0.1:0"
@@ -50,6 +53,9 @@ class PrefillServerOptions(Security):
     max_streams: int = 64
     lease_s: float = 30.0
     heartbeat_s: float = 0.5
+    detach_s: float = 1.0
+    message_kib: int = 1024
+    pace_gbps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,20 +63,28 @@ class PrefillServerOptions(Security):
         check_listen("lane_address", self.lane_address, self)
         if self.advertise_lane is not None:
             parse_address("advertise_lane", self.advertise_lane)
-        for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s"):
+        for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s", "detach_s", "message_kib"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Stream:
-    """One prompt being served: its ticket, what its engine says, and what has been staged (engine thread only)."""
+    """One prompt being served: its ticket, what its engine says, and what has been staged (engine thread only).
+
+    Attributes:
+        attached: serves its control stream; None while there is none.
+        last_words: what ends a control stream that went well, kept for a caller who may have missed it.
+    """
 
     ticket: Ticket
     job: api.Job
-    events: EventQueue[api.Event | SegmentKey]
+    events: EventQueue[api.Event | tuple[SegmentKey, float]]
+    submitted: float
     segments: int = 0
     bytes: int = 0
+    attached: "asyncio.Task[Any] | None" = None
+    last_words: list[prefill_pb2.PrefillEvent] = dataclasses.field(default_factory=list)
 
 
 class PrefillServer(prefill_pb2_grpc.PrefillServicer):
@@ -80,7 +94,14 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         self._engine = engine
         self._options = options
         self._outbox = Outbox(engine.spec, options.staging_bytes, options.lease_s, time.monotonic)
-        self._lanes = LaneServer(self._outbox, options.lane_address, options.max_streams, security=options)
+        self._lanes = LaneServer(
+            self._outbox,
+            options.lane_address,
+            options.max_streams,
+            message_bytes=options.message_kib << 10,
+            bytes_per_s=None if options.pace_gbps is None else options.pace_gbps * 1e9 / 8,
+            security=options,
+        )
         self._plane = ControlPlane(options.address, SERVICE, options)
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -114,7 +135,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
         # A ticket outlives its control stream until its KV has been fetched.
-        await self._plane.stop(grace_s, lambda: len(self._streams) or len(self._outbox.tickets))
+        await self._plane.stop(grace_s, lambda: self._attached or len(self._outbox.tickets))
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
@@ -127,19 +148,40 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         if self._plane.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this prefill server is shutting down")
         try:
-            stream = self._open(request)
+            stream = self._find(request) if request.resume_ticket else self._open(request)
+        except UnknownTicket as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except PrfaasError as error:
             await context.abort(messages.code_of(error), str(error))
-        done = False
+        if stream.attached is not None:
+            stream.attached.cancel()  # its caller has given it up, and must not miss what it would still take from the queue
+        stream.attached = task = asyncio.current_task()
         try:
             await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream)))
-            done = await self._relay(stream, context)
+            if not stream.last_words:
+                await self._relay(stream, context)
+            for words in stream.last_words:
+                await context.write(words)
         finally:
-            # Also on cancellation, disconnection and deadline: nothing of a request that will not be fetched stays behind.
-            self._streams.pop(stream.job.ticket, None)
-            if not done:
-                self._engine.cancel(stream.job.ticket)
-                self._outbox.release(stream.ticket.id, stream.ticket.epoch)
+            if stream.attached is task:
+                stream.attached = None
+                if not stream.last_words:
+                    self._leave(stream)
+
+    def _leave(self, stream: _Stream) -> None:
+        """The control stream of a prompt that is still computed has ended: cut off, if its caller is not back soon, or it has failed."""
+
+        def abandon() -> None:
+            if stream.attached is None and not stream.last_words:
+                self._forget(stream)
+
+        asyncio.get_running_loop().call_later(0.0 if self._plane.draining else self._options.detach_s, abandon)
+
+    def _forget(self, stream: _Stream) -> None:
+        """Nothing of a request that will not be fetched stays behind."""
+        if self._streams.pop(stream.job.ticket, None) is not None:
+            self._engine.cancel(stream.job.ticket)
+            self._outbox.release(stream.ticket.id, stream.ticket.epoch)
 
     async def Release(self, request: prefill_pb2.ReleaseRequest, context: Any) -> prefill_pb2.ReleaseReply:
         """See prefill.proto."""
@@ -147,6 +189,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             self._outbox.release(request.ticket, request.epoch)
         except StaleEpoch as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        if (stream := self._streams.get(request.ticket.hex())) is not None:
+            self._forget(stream)
         return prefill_pb2.ReleaseReply()
 
     async def Status(self, request: common_pb2.StatusRequest, context: Any) -> prefill_pb2.PrefillStatus:
@@ -158,9 +202,13 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             protocol_version=PROTOCOL_VERSION,
             tickets=len(self._outbox.tickets),
             staged_bytes=self._outbox.bytes_held,
-            streams=len(self._streams),
+            streams=self._attached,
             draining=self._plane.draining,
         )
+
+    @property
+    def _attached(self) -> int:
+        return sum(stream.attached is not None for stream in self._streams.values())
 
     # --- one prompt ----------------------------------------------------------------------------------------------------------
 
@@ -177,17 +225,24 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         sampling = messages.sampling_from_proto(request.sampling, 1, request.want_logits)
         if not request.prompt:
             raise InvalidInput("prompt", (), "at least one token id")
-        if len(self._streams) >= self._options.max_requests:
-            raise Exhausted(f"{len(self._streams)} prompts are being served (max_requests={self._options.max_requests})")
+        if self._attached >= self._options.max_requests:
+            raise Exhausted(f"{self._attached} prompts are being served (max_requests={self._options.max_requests})")
         ticket = self._outbox.open(len(request.prompt))
         job = api.Job(ticket.hex, tuple(request.prompt), sampling)
-        stream = _Stream(ticket, job, EventQueue(_MAX_UNREAD_BYTES))
+        stream = _Stream(ticket, job, EventQueue(_MAX_UNREAD_BYTES), time.monotonic())
         try:
             self._engine.submit(job, lambda event: self._on_event(stream, event))
         except BaseException:
             self._outbox.release(ticket.id, ticket.epoch)
             raise
         self._streams[job.ticket] = stream
+        return stream
+
+    def _find(self, request: prefill_pb2.PrefillRequest) -> _Stream:
+        """The prompt of a control stream that broke; raises UnknownTicket."""
+        stream = self._streams.get(request.resume_ticket.hex())
+        if stream is None or stream.ticket.epoch != request.resume_epoch:
+            raise UnknownTicket(f"ticket {request.resume_ticket.hex()} of epoch {request.resume_epoch} is not served here, or not any more")
         return stream
 
     def _accepted(self, stream: _Stream) -> prefill_pb2.Accepted:
@@ -207,7 +262,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
                     self._outbox.put(stream.ticket, segment)
                     stream.segments += 1
                     stream.bytes += segment.payload.nbytes
-                    stream.events.push(segment.key)
+                    stream.events.push((segment.key, time.monotonic() - stream.submitted))
                     return
                 case api.PrefillDone():
                     self._outbox.finish(stream.ticket)
@@ -219,12 +274,12 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             event = api.Failed(error)
         stream.events.push(event)
 
-    async def _relay(self, stream: _Stream, context: Any) -> bool:
-        """Engine events to the control stream until a terminal one; returns whether the whole cache was handed out."""
+    async def _relay(self, stream: _Stream, context: Any) -> None:
+        """Engine events to the control stream, until there are last words or it has failed."""
         tokens = 0
-        while True:
+        while not stream.last_words:
             # Nothing said for a heartbeat: repeat the last progress, which also tells the peer that somebody is there.
-            item: api.Event | SegmentKey = api.PrefillProgress(tokens)
+            item: api.Event | tuple[SegmentKey, float] = api.PrefillProgress(tokens)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.heartbeat_s):
                     try:
@@ -232,29 +287,30 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
                     except Exhausted as overflow:
                         item = api.Failed(overflow)
             match item:
-                case SegmentKey():
-                    await context.write(prefill_pb2.PrefillEvent(segment_ready=messages.key_to_proto(item)))
+                case (SegmentKey() as key, ready_s):
+                    await context.write(prefill_pb2.PrefillEvent(segment_ready=messages.key_to_proto(key, ready_s)))
                 case api.PrefillProgress(tokens):
                     self._outbox.extend(stream.ticket)
                     await context.write(prefill_pb2.PrefillEvent(progress=prefill_pb2.Progress(tokens=tokens)))
                 case api.PrefillDone(first, queue_s, compute_s):
                     token = prefill_pb2.FirstToken(token=messages.token_to_proto(first))
-                    await context.write(prefill_pb2.PrefillEvent(first_token=token))
                     done = prefill_pb2.Done(segments=stream.segments, bytes=stream.bytes, queue_s=queue_s, prefill_s=compute_s)
-                    await context.write(prefill_pb2.PrefillEvent(done=done))
-                    return True
+                    stream.last_words = [prefill_pb2.PrefillEvent(first_token=token), prefill_pb2.PrefillEvent(done=done)]
                 case api.Failed(error):
-                    failed = prefill_pb2.Failed(code=messages.code_of(error).name, message=str(error))
-                    await context.write(prefill_pb2.PrefillEvent(failed=failed))
-                    return False
+                    await self._fail(stream, context, messages.code_of(error).name, str(error))
+                    return
                 case api.Finished(reason):
-                    failed = prefill_pb2.Failed(code="CANCELLED", message=f"the prefill ended early: {reason}")
-                    await context.write(prefill_pb2.PrefillEvent(failed=failed))
-                    return False
+                    await self._fail(stream, context, "CANCELLED", f"the prefill ended early: {reason}")
+                    return
+
+    async def _fail(self, stream: _Stream, context: Any, code: str, message: str) -> None:
+        self._forget(stream)
+        await context.write(prefill_pb2.PrefillEvent(failed=prefill_pb2.Failed(code=code, message=message)))
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self._options.lease_s / 4))
             for ticket in self._outbox.sweep():
+                self._streams.pop(ticket.hex, None)
                 self._engine.cancel(ticket.hex)
                 logging.warning("ticket %s was dropped: nobody fetched from it for %.1f s", ticket.hex, self._options.lease_s)

@@ -2,27 +2,38 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
 import grpc
 import numpy as np
+from absl import logging
 
 from prfaas_jax.engine import api
 from prfaas_jax.errors import InvalidInput, PeerMismatch, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.serving import messages
-from prfaas_jax.serving.control_plane import control_channel
-from prfaas_jax.serving.proto import prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.serving.control_stream import ControlStream
+from prfaas_jax.serving.peers import PrefillPeers
+from prfaas_jax.serving.proto import prefill_pb2
 from prfaas_jax.transfer.counters import Counters
+from prfaas_jax.transfer.link import LinkEstimate
+from prfaas_jax.transfer.overlap import exposed_bound_s
 from prfaas_jax.transfer.puller import Puller
-from prfaas_jax.transfer.security import Security
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
-# Release is a courtesy: the lease of the other side ends what this does not reach.
-_RELEASE_S = 2.0
+# Failures that another server may not have.
+_ELSEWHERE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+)
 # Clocks of two machines may run a little differently; beyond this a peer's report is wrong.
 _CLOCK_SLACK_S = 1e-3
 
@@ -55,58 +66,44 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteResult:
-    """A verified cache in the engine's reserved pages, and what goes on from it. Seconds are the prefill engine's own."""
+    """A verified cache in the engine's reserved pages, and what goes on from it.
 
+    Attributes:
+        address: where it was computed.
+        first: the token that the prefill drew.
+        counters: of the transfer.
+        queue_s: the prompt waited there, by that engine's clock.
+        prefill_s: and was computed.
+        timeline: of the attempt that succeeded.
+        link: as measured when the transfer ended.
+        exposed_bound_s: the least that the transfer could add to queue and prefill on that link; None when its rate is not known.
+    """
+
+    address: str
     first: api.Token
     counters: Counters
     queue_s: float
     prefill_s: float
     timeline: Timeline
-
-
-class PrefillPeers:
-    """One warm control channel per prefill server, shared by all requests; lanes are opened with the same `security`."""
-
-    def __init__(self, security: Security) -> None:
-        self.security = security
-        self._channels: dict[str, Any] = {}
-        self._releases: set[asyncio.Task[None]] = set()
-
-    def stub(self, address: str) -> prefill_pb2_grpc.PrefillStub:
-        """The stub for an address; the channel connects on first use and reconnects by itself."""
-        if address not in self._channels:
-            self._channels[address] = control_channel(address, self.security)
-        return prefill_pb2_grpc.PrefillStub(self._channels[address])
-
-    def release(self, address: str, ticket: bytes, epoch: int) -> None:
-        """Tells the other side, in the background and for a bounded time, that its staging is not needed any more."""
-        task = asyncio.create_task(self._release(address, ticket, epoch))
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
-
-    async def close(self) -> None:
-        """Waits for releases under way and closes the channels."""
-        if self._releases:
-            await asyncio.wait(self._releases, timeout=_RELEASE_S)
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
-
-    async def _release(self, address: str, ticket: bytes, epoch: int) -> None:
-        try:
-            await self.stub(address).Release(prefill_pb2.ReleaseRequest(ticket=ticket, epoch=epoch), timeout=_RELEASE_S)
-        except grpc.RpcError:
-            return  # gone or unreachable: the lease ends it there
+    link: LinkEstimate
+    exposed_bound_s: float | None
 
 
 class RemotePrefill:
-    """One attempt. `run` either returns with every byte verified and in place, or leaves nothing behind and raises."""
+    """A remote prefill, at one server or, when that fails, at the next. `run` either returns with every byte verified and in place, or
+    leaves nothing behind and raises.
+
+    Attributes:
+        timeline: of the attempt under way, or the last one.
+        resumes: attempts that went on where another had failed.
+        recomputed: prompt tokens that failed attempts had computed.
+    """
 
     def __init__(
         self,
         engine: api.DecodeEngine,
         job: api.Job,
-        address: str,
+        addresses: Sequence[str],
         peers: PrefillPeers,
         executor: Executor,
         *,
@@ -116,26 +113,46 @@ class RemotePrefill:
     ):
         """`job` holds reserved pages in `engine`; `deadline` is in monotonic seconds; `executor` has two threads to wait in.
 
-        `idle_s` without a control message, a byte or a scatter ends the attempt.
+        `addresses` are tried in turn. `idle_s` without a control message, a byte or a scatter ends an attempt.
         """
-        self._engine, self._job, self._address, self._peers, self._executor = engine, job, address, peers, executor
+        self._engine, self._job, self._addresses, self._peers, self._executor = engine, job, addresses, peers, executor
         self._deadline, self._idle_s, self._max_staging_bytes = deadline, idle_s, max_staging_bytes
+        self._puller: Puller | None = None
+        self.resumes, self.recomputed = 0, 0
+        self._begin(addresses[0])
+
+    def _begin(self, address: str) -> None:
+        self._address = address
         self._phase = "handshake"
         self._tokens = 0  # computed there, by its own word
         self._received = 0  # computed there, as blocks show
         self._first: api.Token | None = None
         self._done: prefill_pb2.Done | None = None
-        self._puller: Puller | None = None
+        self._ready: list[tuple[float, int]] = []  # when segments were handed out there, and their bytes
         self.timeline = Timeline(time.monotonic())
 
     async def run(self) -> RemoteResult:
-        """Raises RemotePrefillFailed; on cancellation, too, the other side is told and every thread of the transfer is gone."""
-        call = self._peers.stub(self._address).Prefill(self._request(), timeout=max(0.0, self._deadline - time.monotonic()))
+        """Raises RemotePrefillFailed; on cancellation, too, the other side is told and every lane has let go of this transfer."""
+        for address, following in itertools.pairwise(self._addresses):
+            self._begin(address)
+            try:
+                return await self._attempt()
+            except RemotePrefillFailed as failure:
+                if failure.code not in _ELSEWHERE:
+                    raise
+                logging.warning("going on at %s: %s", following, failure)
+                self.resumes += 1
+                self.recomputed += failure.tokens
+        self._begin(self._addresses[-1])
+        return await self._attempt()
+
+    async def _attempt(self) -> RemoteResult:
+        control = ControlStream(self._peers, self._address, self._request(), self._time_left)
         accepted: prefill_pb2.Accepted | None = None
         try:
-            accepted = await self._accept(call)
-            counters = await self._transfer(call, accepted)
-            return self._result(counters)
+            accepted = await self._accept(control)
+            counters = await self._transfer(control, accepted)
+            return self._result(counters, accepted)
         except grpc.RpcError as error:
             raise self._failed(error.code(), error.details()) from error
         except TimeoutError as error:
@@ -145,9 +162,13 @@ class RemotePrefill:
         except PrfaasError as error:
             raise self._failed(messages.code_of(error), str(error)) from error
         finally:
-            call.cancel()
+            control.cancel()
             if accepted is not None:
                 self._peers.release(self._address, accepted.ticket, accepted.epoch)
+            await asyncio.shield(control.close())
+
+    def _time_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
 
     def _request(self) -> prefill_pb2.PrefillRequest:
         return prefill_pb2.PrefillRequest(
@@ -159,12 +180,13 @@ class RemotePrefill:
             want_logits=self._job.sampling.return_logits,
         )
 
-    async def _accept(self, call: Any) -> prefill_pb2.Accepted:
+    async def _accept(self, control: ControlStream) -> prefill_pb2.Accepted:
         async with asyncio.timeout(self._idle_s):
-            event = await call.read()
+            event = await control.read()
         accepted = self._expect(event, "accepted")
         self.timeline.accepted = time.monotonic()
         self._phase = "prefill"
+        control.accepted(accepted.ticket, accepted.epoch)
         expected = messages.manifest(self._engine.spec, len(self._job.prompt))
         if accepted.manifest != expected:
             raise PeerMismatch("manifest", str(expected).replace("\n", " "), str(accepted.manifest).replace("\n", " "))
@@ -173,42 +195,35 @@ class RemotePrefill:
             raise InvalidInput("lanes", [(lane.address, lane.epoch) for lane in accepted.lanes], f"lanes of epoch {accepted.epoch}")
         return accepted
 
-    async def _transfer(self, call: Any, accepted: prefill_pb2.Accepted) -> Counters:
+    async def _transfer(self, control: ControlStream, accepted: prefill_pb2.Accepted) -> Counters:
         """Runs control stream and lanes side by side; the first to fail ends both."""
-        puller = self._puller = Puller(
-            self._engine.spec,
-            len(self._job.prompt),
-            accepted.ticket,
-            accepted.epoch,
-            [lane.address for lane in accepted.lanes],
-            self._on_block,
-            self._idle_s,
-            self._max_staging_bytes,
-            security=self._peers.security,
-        )
-        puller.start()
-        pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.bytes)
-        control = asyncio.create_task(self._follow(call, puller, pulled))
+        if self._puller is None:
+            spec, length, staging = self._engine.spec, len(self._job.prompt), self._max_staging_bytes
+            self._puller = Puller(spec, length, self._on_block, idle_s=self._idle_s, max_staging_bytes=staging)
+        puller, groups = self._puller, self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
+        puller.start(accepted.ticket, accepted.epoch, groups)
+        pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.wire_bytes)
+        following = asyncio.create_task(self._follow(control, puller, pulled))
         try:
-            both: set[asyncio.Future[Any]] = {pulled, control}
+            both: set[asyncio.Future[Any]] = {pulled, following}
             await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
-            if control.done():
-                control.result()
+            if following.done():
+                following.result()
             return await pulled
         finally:
-            control.cancel()
-            # Not to be interrupted: until the lane threads have ended a block could still reach pages that are about to be freed.
-            await asyncio.shield(self._end(puller, control, pulled))
+            following.cancel()
+            # Not to be interrupted: until lanes have let go a block could still reach pages that are about to be freed.
+            await asyncio.shield(self._end(puller, following, pulled))
 
-    async def _end(self, puller: Puller, control: asyncio.Task[None], pulled: "asyncio.Future[Counters]") -> None:
+    async def _end(self, puller: Puller, following: asyncio.Task[None], pulled: "asyncio.Future[Counters]") -> None:
         if not pulled.done():
             await asyncio.get_running_loop().run_in_executor(self._executor, puller.cancel)
-        await asyncio.gather(control, pulled, return_exceptions=True)
+        await asyncio.gather(following, pulled, return_exceptions=True)
 
-    async def _follow(self, call: Any, puller: Puller, pulled: "asyncio.Future[Counters]") -> None:
+    async def _follow(self, control: ControlStream, puller: Puller, pulled: "asyncio.Future[Counters]") -> None:
         """Reads the control stream to its end; every message restarts the idle timer, which the lanes' bytes restart as well."""
         while self._done is None:
-            read = asyncio.ensure_future(call.read())
+            read = asyncio.ensure_future(control.read())
             try:
                 await asyncio.wait({read, pulled}, return_when=asyncio.FIRST_COMPLETED)
                 # While lanes are open theirs is the idle timer; afterwards this one.
@@ -227,7 +242,9 @@ class RemotePrefill:
                     self._tokens = event.progress.tokens
                     self.timeline.progress.append((self._tokens, time.monotonic()))
             case "segment_ready":
-                pass  # the lane's own stream hands it out; here it is a sign of life
+                key = messages.key_from_proto(event.segment_ready)
+                key.check(self._engine.spec, len(self._job.prompt))
+                self._ready.append((event.segment_ready.ready_s, key.nbytes(self._engine.spec)))
             case "first_token":
                 self._first = messages.token_from_proto(event.first_token.token)
             case "done":
@@ -258,7 +275,7 @@ class RemotePrefill:
         self._received = max(self._received, key.tokens[1])
         self._engine.ingest(self._job.ticket, key, block, done)
 
-    def _result(self, counters: Counters) -> RemoteResult:
+    def _result(self, counters: Counters, accepted: prefill_pb2.Accepted) -> RemoteResult:
         self._phase = "completion"
         self.timeline.verified = now = time.monotonic()
         done, first = self._done, self._first
@@ -270,7 +287,10 @@ class RemotePrefill:
         elapsed = now - self.timeline.started
         if min(done.queue_s, done.prefill_s) < 0 or done.queue_s + done.prefill_s > elapsed + _CLOCK_SLACK_S:
             raise TransferError(f"the prefill reports {done.queue_s:.3f} + {done.prefill_s:.3f} s, but only {elapsed:.3f} s have passed")
-        return RemoteResult(first, counters, done.queue_s, done.prefill_s, self.timeline)
+        (link, *_) = self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
+        estimate = link.estimate()
+        bound_s = exposed_bound_s(self._ready, done.queue_s + done.prefill_s, estimate.bytes_per_s) if estimate.bytes_per_s else None
+        return RemoteResult(self._address, first, counters, done.queue_s, done.prefill_s, self.timeline, estimate, bound_s)
 
     def _failed(self, code: grpc.StatusCode, why: str) -> RemotePrefillFailed:
         return RemotePrefillFailed(self._phase, self._address, code, why, max(self._tokens, self._received))

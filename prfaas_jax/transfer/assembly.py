@@ -1,6 +1,9 @@
 """Messages in, verified full-head blocks out, within a byte budget.
 
-Nothing here locks or waits: the puller guards every call but `Block.write` with its own lock.
+Nothing here locks or waits: the puller guards every call but `Block.build` with its own lock.
+
+Copies of a payload on this side, before the engine's scatter: the kernel's into gRPC's slices, two inside gRPC's Python layer until it is
+`bytes`, none of ours where a block is one message (most are: a chunk's tokens of a few layers), else one into the block's buffer.
 """
 
 import dataclasses
@@ -15,72 +18,91 @@ from prfaas_jax.transfer.coverage import Coverage, Intervals
 from prfaas_jax.transfer.wire import Header
 
 # How a block shows its elements: numpy has no bfloat16, so those bits travel as uint16.
-VIEW_DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+VIEW_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.uint16),
+    "uint8": np.dtype(np.uint8),
+}
 
 
-class Staging:
-    """Host buffers under a byte budget. Returned ones are reused: page faults of fresh memory cost more than the copy into it."""
+class Buffers:
+    """Host buffers for blocks. Returned ones are reused: page faults of fresh memory cost more than the copy into it."""
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.in_use = 0
+    def __init__(self, max_spare_bytes: int):
+        self._max_spare_bytes = max_spare_bytes
         self._spare: dict[int, list[np.ndarray]] = defaultdict(list)
         self._spare_bytes = 0
 
-    def fits(self, nbytes: int) -> bool:
-        """Whether `take` would stay within the budget now."""
-        return self.in_use + nbytes <= self.max_bytes
-
     def take(self, nbytes: int) -> np.ndarray:
-        """An uninitialised uint8 buffer of exactly `nbytes`; the caller has asked `fits`."""
-        self.in_use += nbytes
+        """An uninitialised uint8 buffer of exactly `nbytes`."""
         if self._spare[nbytes]:
             self._spare_bytes -= nbytes
             return self._spare[nbytes].pop()
-        if self.in_use + self._spare_bytes > self.max_bytes:
-            self._spare.clear()
-            self._spare_bytes = 0
         return np.empty(nbytes, np.uint8)
 
     def give(self, buffer: np.ndarray) -> None:
         """Takes back a buffer that nobody reads or writes any more."""
-        self.in_use -= buffer.nbytes
-        self._spare_bytes += buffer.nbytes
-        self._spare[buffer.nbytes].append(buffer)
+        if self._spare_bytes + buffer.nbytes <= self._max_spare_bytes:
+            self._spare_bytes += buffer.nbytes
+            self._spare[buffer.nbytes].append(buffer)
 
 
 @dataclasses.dataclass(eq=False)
 class Block:
-    """One tensor's `[layers, tokens, all heads, width]`, filled by one segment or by one per head slice.
+    """One tensor's `[layers, tokens, all heads, width]`, made of one segment or of one per head slice.
 
     Attributes:
         key: names all heads.
-        buffer: the bytes, None once handed on.
+        pieces: per head slice, (offset within the slice's segment, payload); None once the block was freed.
         seen: per head slice, the byte ranges claimed so far.
         heads: heads of the slices begun so far.
-        written: bytes in place.
+        claimed: bytes that have come.
+        buffer: what `build` filled, if it had to.
     """
 
     key: SegmentKey
     shape: tuple[int, int, int, int]
     dtype: np.dtype
-    buffer: np.ndarray | None
+    pieces: dict[tuple[int, int], list[tuple[int, memoryview]]] | None = dataclasses.field(default_factory=dict)
     seen: dict[tuple[int, int], Intervals] = dataclasses.field(default_factory=dict)
     heads: Intervals = dataclasses.field(default_factory=Intervals)
-    written: int = 0
+    claimed: int = 0
+    buffer: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole block."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def write(self, heads: tuple[int, int], offset: int, payload: memoryview) -> None:
-        """Copies bytes of the segment of `heads`, from its byte `offset` on, to their place; needs no lock, claimed ranges are disjoint."""
-        assert self.buffer is not None
+    @property
+    def complete(self) -> bool:
+        """Every byte has come."""
+        return self.claimed == self.nbytes
+
+    def build(self, buffer: np.ndarray | None) -> np.ndarray:
+        """The elements of a complete block, bfloat16 as uint16; a view of its message where it came in one, else copied into `buffer`."""
+        assert self.pieces is not None
+        if buffer is None:
+            ((_, payload),) = next(iter(self.pieces.values()))
+            return np.frombuffer(payload, self.dtype).reshape(self.shape)
+        self.buffer = buffer
+        for heads, pieces in self.pieces.items():
+            for offset, payload in pieces:
+                self._write(buffer, heads, offset, payload)
+        self.pieces = {}
+        return buffer.view(self.dtype).reshape(self.shape)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether one message holds all of it."""
+        return self.pieces is not None and len(self.pieces) == 1 and len(next(iter(self.pieces.values()))) == 1
+
+    def _write(self, buffer: np.ndarray, heads: tuple[int, int], offset: int, payload: memoryview) -> None:
+        """Copies bytes of the segment of `heads`, from its byte `offset` on, to their place."""
         layers, tokens, all_heads, _ = self.shape
         head_bytes = self.nbytes // (layers * tokens * all_heads)
         # One row per (layer, token): the segment's rows are contiguous, their places in the block are not unless it has all heads.
-        rows = self.buffer.reshape(layers * tokens, all_heads * head_bytes)[:, heads[0] * head_bytes : heads[1] * head_bytes]
+        rows = buffer.reshape(layers * tokens, all_heads * head_bytes)[:, heads[0] * head_bytes : heads[1] * head_bytes]
         size = rows.shape[1]
         data = np.frombuffer(payload, np.uint8)
         row, inside = divmod(offset, size)
@@ -94,23 +116,20 @@ class Block:
         if rest := data.size - whole * size:
             rows[row + whole, :rest] = data[whole * size :]
 
-    def elements(self) -> np.ndarray:
-        """The block as an array; bfloat16 as uint16."""
-        assert self.buffer is not None
-        return self.buffer.view(self.dtype).reshape(self.shape)
-
 
 class Assembly:
     """Blocks of one request in the making, and the proof of what has arrived."""
 
-    def __init__(self, spec: CacheSpec, length: int, staging: Staging):
-        self._spec = spec
-        self._length = length
-        self.staging = staging
-        self.total = spec.bytes(length)
+    def __init__(self, spec: CacheSpec, length: int, prefix: int, max_staging_bytes: int):
+        """`spec` is the cache as it travels; the first `prefix` of `length` tokens are here already."""
+        self._spec, self._length, self._prefix = spec, length, prefix
+        self.max_staging_bytes = max_staging_bytes
+        self.staged = 0
+        self.total = spec.bytes(length, prefix)
         self.moved = 0
         self.resent = 0
-        self._coverage = Coverage(spec, length)
+        self._buffers = Buffers(max_staging_bytes)
+        self._coverage = Coverage(spec, length, prefix)
         # Blocks stay known after they are handed on, without their bytes, so that a repeated message is recognised.
         self._blocks: dict[SegmentKey, Block] = {}
 
@@ -123,54 +142,82 @@ class Assembly:
         """What is missing, in words."""
         return self._coverage.gap() or f"{self.total - self.moved} bytes of segments that began and never ended"
 
-    def fits(self, key: SegmentKey) -> bool:
-        """Whether a message of this segment can be claimed now; raises TransferError when its block exceeds the whole budget."""
-        whole = self._whole(key)
-        if whole in self._blocks:
-            return True
-        nbytes = whole.nbytes(self._spec)
-        if nbytes > self.staging.max_bytes:
-            raise TransferError(f"{whole} has {nbytes} bytes, more than the {self.staging.max_bytes} bytes of staging")
-        return self.staging.fits(nbytes)
+    def whole_blocks(self) -> tuple[SegmentKey, ...]:
+        """Blocks of which every byte has come."""
+        return tuple(key for key, block in self._blocks.items() if block.complete)
 
-    def claim(self, header: Header, nbytes: int) -> Block | None:
-        """The block that a checked message's payload belongs in; None when every byte of it came before.
+    def claim(self, header: Header, payload: memoryview) -> Block | None:
+        """Keeps a checked message's raw payload; the block when this completes it, to be built and handed on.
 
-        Raises TransferError when the message overlaps others in any other way than being a repetition.
+        Raises TransferError when the message overlaps others in any other way than being a repetition, when its block exceeds the staging,
+        or when the sender goes beyond what it was granted.
         """
-        key, whole = header.key, self._whole(header.key)
-        block = self._blocks.get(whole)
-        if block is None:
-            self._coverage.claim(whole)
-            dtype = VIEW_DTYPES[whole.tensor_spec(self._spec).dtype]
-            block = Block(whole, whole.shape(self._spec), dtype, self.staging.take(whole.nbytes(self._spec)))
-            self._blocks[whole] = block
-        if key.heads not in block.seen:
-            if block.heads.overlap(*key.heads):
-                raise TransferError(f"{key} overlaps heads that another segment carries")
-            block.heads.add(*key.heads)
-            block.seen[key.heads] = Intervals()
+        nbytes = payload.nbytes
+        block = self._block(header.key)
+        heads = header.key.heads
+        if heads not in block.seen:
+            if block.heads.overlap(*heads):
+                raise TransferError(f"{header.key} overlaps heads that another segment carries")
+            block.heads.add(*heads)
+            block.seen[heads] = Intervals()
         start, stop = header.offset, header.offset + nbytes
-        overlap = block.seen[key.heads].overlap(start, stop)
+        overlap = block.seen[heads].overlap(start, stop)
         if overlap == nbytes:
             self.resent += nbytes
             return None
         if overlap:
-            raise TransferError(f"bytes [{start}, {stop}) of {key} overlap {overlap} bytes that came before")
-        block.seen[key.heads].add(start, stop)
-        return block
-
-    def wrote(self, block: Block, nbytes: int) -> np.ndarray | None:
-        """Counts bytes that `Block.write` has put in place; the block's elements when it is now complete."""
-        block.written += nbytes
+            raise TransferError(f"bytes [{start}, {stop}) of {header.key} overlap {overlap} bytes that came before")
+        if self.staged + nbytes > self.max_staging_bytes:
+            raise TransferError(f"the sender goes beyond its grant: {self.staged} + {nbytes} bytes in {self.max_staging_bytes} of staging")
+        block.seen[heads].add(start, stop)
+        assert block.pieces is not None
+        block.pieces.setdefault(heads, []).append((start, payload))
+        block.claimed += nbytes
+        self.staged += nbytes
         self.moved += nbytes
-        return block.elements() if block.written == block.nbytes else None
+        self.resent += nbytes * header.again
+        return block if block.complete else None
 
-    def free(self, block: Block) -> None:
-        """The block's reader is done with it; a second call changes nothing."""
+    def buffer_for(self, block: Block) -> np.ndarray | None:
+        """What `Block.build` needs: nothing where the block came in one message."""
+        return None if block.in_one_piece else self._buffers.take(block.nbytes)
+
+    def free(self, block: Block) -> bool:
+        """The block's reader is done with it; whether it was not before."""
+        if block.pieces is None:
+            return False
         if block.buffer is not None:
-            buffer, block.buffer = block.buffer, None
-            self.staging.give(buffer)
+            self._buffers.give(block.buffer)
+        block.pieces = block.buffer = None
+        self.staged -= block.nbytes
+        return True
 
-    def _whole(self, key: SegmentKey) -> SegmentKey:
-        return dataclasses.replace(key, heads=(0, key.tensor_spec(self._spec).heads))
+    def forget_partial(self) -> int:
+        """Drops blocks that began and did not end, so that they may come again in any cut; the bytes that were dropped."""
+        dropped = 0
+        for key, block in list(self._blocks.items()):
+            if not block.complete:
+                dropped += block.claimed
+                self._coverage.drop(key)
+                del self._blocks[key]
+        self.staged -= dropped
+        self.moved -= dropped
+        self.resent += dropped
+        return dropped
+
+    def whole(self, key: SegmentKey) -> SegmentKey:
+        """The key of the block that a segment belongs in."""
+        heads = (0, key.tensor_spec(self._spec).heads)
+        return key if key.heads == heads else dataclasses.replace(key, heads=heads)
+
+    def _block(self, key: SegmentKey) -> Block:
+        """The block that a segment belongs in, begun if need be."""
+        whole = self.whole(key)
+        block = self._blocks.get(whole)
+        if block is None:
+            nbytes = whole.nbytes(self._spec)
+            if nbytes > self.max_staging_bytes:
+                raise TransferError(f"{whole} has {nbytes} bytes, more than the {self.max_staging_bytes} bytes of staging")
+            self._coverage.claim(whole)
+            block = self._blocks[whole] = Block(whole, whole.shape(self._spec), VIEW_DTYPES[key.tensor_spec(self._spec).dtype])
+        return block

@@ -13,14 +13,16 @@ class Counters:
     Attributes:
         moved: canonical payload bytes, each counted when first seen.
         skipped: canonical bytes that did not have to move, the receiver held them already.
-        resent: payload bytes that arrived again.
+        resent: payload bytes that had to be sent again, as they travel.
         recomputed_tokens: prompt tokens prefilled a second time.
+        wire: payload bytes that came over the link, first and again: fewer than moved where a codec or compression saves some.
     """
 
     moved: int = 0
     skipped: int = 0
     resent: int = 0
     recomputed_tokens: int = 0
+    wire: int = 0
 
     def check(self, spec: CacheSpec, length: int) -> None:
         """Raises TransferError unless every canonical byte is accounted for and nothing was recomputed."""

@@ -30,6 +30,16 @@ class Intervals:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
 
+    def remove(self, start: int, stop: int) -> None:
+        """Takes a range out of the set that lies within one of its ranges; raises KeyError otherwise."""
+        at = bisect.bisect_right(self._starts, start) - 1
+        if at < 0 or self._stops[at] < stop:
+            raise KeyError((start, stop))
+        ends = (self._starts[at], start), (stop, self._stops[at])
+        left = [(a, b) for a, b in ends if a < b]
+        self._starts[at : at + 1] = [a for a, _ in left]
+        self._stops[at : at + 1] = [b for _, b in left]
+
     def first_gap(self, start: int, stop: int) -> tuple[int, int] | None:
         """First range of [start, stop) that is missing; None when there is none."""
         at = bisect.bisect_right(self._stops, start)
@@ -42,10 +52,10 @@ class Intervals:
 
 
 class Coverage:
-    """Which (group, tensor, layer, token) of what a `length`-token request leaves behind some block of all heads has claimed."""
+    """Which (group, tensor, layer, token) of what a `length`-token request adds to its prefix some block of all heads has claimed."""
 
-    def __init__(self, spec: CacheSpec, length: int):
-        self._kept = [group.cache.kept(length) for group in spec.groups]
+    def __init__(self, spec: CacheSpec, length: int, prefix: int = 0):
+        self._kept = [group.cache.kept(length, prefix) for group in spec.groups]
         # One set of tokens per (group, tensor, layer of the group).
         self._tokens = {
             (g, t, layer): Intervals()
@@ -62,6 +72,11 @@ class Coverage:
                 raise TransferError(f"{key} overlaps {overlap} tokens of layer {layer} that another segment carries")
         for tokens in rows:
             tokens.add(*key.tokens)
+
+    def drop(self, key: SegmentKey) -> None:
+        """Takes back a claim."""
+        for layer in range(*key.layers):
+            self._tokens[key.group, key.tensor, layer].remove(*key.tokens)
 
     def gap(self) -> str | None:
         """Names the first range of tokens that nobody claimed; None when all are."""

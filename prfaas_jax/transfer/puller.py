@@ -1,87 +1,120 @@
-"""The receiving end of a request's lanes: pull, verify, stage, hand on, and prove that nothing is missing."""
+"""One request's cache on its way here: what lanes bring is verified, staged, handed on, and proven to be complete."""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-import grpc
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput, PrfaasError, TransferError
+from prfaas_jax.kvcache.codecs import CacheCodec
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
-from prfaas_jax.transfer import wire
-from prfaas_jax.transfer.assembly import Assembly, Block, Staging
-from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
+from prfaas_jax.transfer import frames, wire
+from prfaas_jax.transfer.assembly import Assembly, Block
 from prfaas_jax.transfer.counters import Counters
-from prfaas_jax.transfer.lane import METHOD
-from prfaas_jax.transfer.security import NONE, Security, open_channel
+from prfaas_jax.transfer.lanes import LaneGroup
 
-OnBlock = Callable[[SegmentKey, np.ndarray, Callable[[], None]], None]
-
-# A lane thread leaves its blocking call at once when cancelled; only a callback that hangs could keep it longer.
+# A callback that hangs is waited for no longer than this.
 _JOIN_S = 5.0
 
 
+class _Handing(threading.local):
+    """Which puller's `on_block` this thread is in."""
+
+    puller: "Puller | None" = None
+
+
+_handing = _Handing()
+
+OnBlock = Callable[[SegmentKey, np.ndarray, Callable[[], None]], None]
+
+
 class Puller:
-    """Pulls one ticket's cache over all its lanes.
+    """Pulls one cache, by one ticket or, after a failure, by another one that stands for the same cache (`move`).
 
     `on_block(key, block, done)` is called from lane threads, several at a time, with verified full-head blocks
-    `[layers, tokens, all heads, width]` (bfloat16 as uint16); `done()` gives the block's memory back and may come from any thread,
-    once. After a failure or `cancel`, blocks in flight are simply forgotten and their memory is never written again.
+    `[layers, tokens, all heads, width]` as they travel (bfloat16 as uint16, read-only where a message holds all of it); it must not block.
+    `done()` gives the block's memory back and may come from any thread, once. After a failure or `cancel`, blocks in flight are simply
+    forgotten and their memory is never written again.
 
-    The idle timer is the only clock: any message, any `done`, any `touch` restarts it. A lane that has no room to stage waits for
-    `done` without reading, so HTTP/2 flow control holds the sender; that wait has its own timer, which `touch` does not restart.
+    The idle timer is the only clock: any message, any `done`, any `touch` restarts it. A sender may have sent no more than it was granted:
+    what waits for `done` is not granted again, so a slow reader holds back its own transfer and nobody else's. That wait has its own
+    timer, which `touch` does not restart.
     """
 
     def __init__(
         self,
         spec: CacheSpec,
         length: int,
-        ticket_id: bytes,
-        epoch: int,
-        lanes: Sequence[str],
         on_block: OnBlock,
+        *,
+        codec: CacheCodec = CacheCodec(),  # noqa: B008 - frozen
+        prefix: int = 0,
+        checked: bool = True,
+        compressed: bool = False,
         idle_s: float = 10.0,
         max_staging_bytes: int = 64 << 20,
-        security: Security = NONE,
     ):
-        """Raises InvalidInput for a spec that lanes cannot carry, no lanes, or sizes out of range."""
-        wire.check_spec(spec)
+        """Of a `length`-token cache, the first `prefix` tokens are here already. Raises InvalidInput for sizes out of range."""
+        self._spec, self._wire_spec = spec, codec.wire_spec(spec)
+        wire.check_spec(self._wire_spec)
         if length < 0:
             raise InvalidInput("length", length, "a number of tokens >= 0")
-        if not lanes:
-            raise InvalidInput("lanes", lanes, "at least one address")
+        if not 0 <= prefix <= length:
+            raise InvalidInput("prefix", prefix, f"0..{length}, the prompt length")
         if not idle_s > 0:
             raise InvalidInput("idle_s", idle_s, "a positive number of seconds")
         if max_staging_bytes < 1:
             raise InvalidInput("max_staging_bytes", max_staging_bytes, "a positive number of bytes")
-        self._spec, self._length = spec, length
-        self._ticket, self._epoch = ticket_id, epoch
-        self._request = wire.FetchRequest(ticket_id, epoch).encode()
-        self._on_block = on_block
-        self._idle_s = idle_s
-        self._security = security
+        self._length, self._prefix, self._on_block = length, prefix, on_block
+        self._checked, self._compressed, self._idle_s = checked, compressed, idle_s
         self._changed = threading.Condition()
-        self._assembly = Assembly(spec, length, Staging(max_staging_bytes))
+        self._assembly = Assembly(self._wire_spec, length, prefix, max_staging_bytes)
+        self._wire_bytes = 0
         self._in_flight = 0  # blocks handed on whose `done` has not come
-        self._lanes_open = len(lanes)
-        self._channels: list[grpc.Channel] = []
+        self._handing = 0  # calls of `on_block` under way
+        self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
+        self._ticket: tuple[bytes, int] = (b"", 0)
+        self._sources: dict[LaneGroup, _Source] = {}
         self._error: TransferError | None = None
-        self._progress = 0.0
-        self._readers = [threading.Thread(target=self._read, args=(lane,), name=f"pull {lane}", daemon=True) for lane in lanes]
-        self._monitor = threading.Thread(target=self._watch, name="pull monitor", daemon=True)
+        self._progress = self._moved = time.monotonic()
 
     @property
     def staging_bytes(self) -> int:
         """Bytes of blocks being filled or waiting for `done`."""
         with self._changed:
-            return self._assembly.staging.in_use
+            return self._assembly.staged
 
-    def start(self) -> None:
-        """Starts to pull; call once."""
-        self._progress = time.monotonic()
-        self._monitor.start()
+    def start(self, ticket_id: bytes, epoch: int, groups: Sequence[LaneGroup]) -> None:
+        """Pulls a ticket over every group, each of which brings its share of it.
+
+        After a failure it may be called again with another ticket for the same cache, cut in the same way: blocks that are here stay, and
+        nothing of them is sent again. Raises InvalidInput for no groups.
+        """
+        if not groups:
+            raise InvalidInput("lanes", groups, "at least one address")
+        with self._changed:
+            self._leave()
+            self._error = None
+            self._ticket = (ticket_id, epoch)
+            self._assembly.forget_partial()
+            held = self._assembly.whole_blocks()
+            self._owed = {key: self._owed[key] for key in held if key in self._owed}
+            self._progress = self._moved = time.monotonic()
+            if self._over():
+                return
+            share = self._assembly.max_staging_bytes // len(groups)
+            granted = max(1, share - self._assembly.staged)
+            request = frames.Open(ticket_id, epoch, granted, self._checked, self._compressed, held)
+            frames.encode(request)  # judged here, not in a lane's thread
+            self._sources = {group: _Source(self, group, ticket_id, granted) for group in groups}
+            sources = list(self._sources.items())
+        try:
+            for group, source in sources:
+                group.open(request, source)
+        except TransferError as error:
+            self._fail(error)
 
     def touch(self) -> None:
         """Restarts the idle timer: the peer has shown a sign of life elsewhere."""
@@ -91,26 +124,62 @@ class Puller:
     def finish(self, expected_bytes: int) -> Counters:
         """Waits until every byte is verified, handed on and `done`; call after `start`.
 
-        `expected_bytes` is what the sender says it exported. Raises TransferError when anything is wrong, missing, idle or cancelled;
-        on return and on raise every thread and channel of this transfer is gone.
+        `expected_bytes` is what the sender says will travel, before compression. Raises TransferError when anything is wrong, missing,
+        idle or cancelled; on return and on raise no lane hands anything more to this transfer.
         """
-        if expected_bytes != self._assembly.total:
-            self._fail(TransferError(f"sender exported {expected_bytes} bytes, {self._length} tokens have {self._assembly.total}"))
-        # Bounded: the monitor ends with the transfer, and its idle timer ends a transfer without progress.
-        self._monitor.join()
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-            counters = Counters(moved=self._assembly.moved, resent=self._assembly.resent)
+        try:
+            if expected_bytes != self._assembly.total:
+                whole = f"{self._length} tokens have {self._assembly.total}"
+                self._fail(TransferError(f"sender exported {expected_bytes} bytes, {whole}"))
+            with self._changed:
+                while not self._over():
+                    self._changed.wait(self._time_left())
+                if self._error is not None:
+                    raise self._error
+                moved, skipped = self._spec.bytes(self._length, self._prefix), self._spec.bytes(self._length)
+                counters = Counters(moved, skipped - moved, self._assembly.resent, 0, self._wire_bytes)
+        finally:
+            self._part()
         counters.check(self._spec, self._length)
         return counters
 
     def cancel(self) -> None:
-        """Ends the transfer from any thread and waits, boundedly, for its threads and channels; harmless when it is over."""
+        """Ends the transfer from any thread, and waits, boundedly, until no lane hands it anything; harmless when it is over."""
         self._fail(TransferError("transfer cancelled"))
-        # From inside `on_block` or `done` the caller may be one of the threads to wait for.
-        if self._monitor.is_alive() and threading.current_thread() not in (self._monitor, *self._readers):
-            self._monitor.join(2 * _JOIN_S)
+        self._part()
+
+    def _part(self) -> None:
+        """Leaves the lanes; what one of them is in the middle of handing on is waited for, unless it is this very call's doing."""
+        with self._changed:
+            self._leave()
+            mine = _handing.puller is self
+            self._changed.wait_for(lambda: self._handing <= mine, _JOIN_S)
+
+    # --- with the lock held --------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        for group in self._sources:
+            group.release(self._ticket[0])
+        self._sources = {}
+
+    def _over(self) -> bool:
+        return self._error is not None or (self._in_flight == 0 and self._assembly.complete)
+
+    def _time_left(self) -> float:
+        """Seconds until one of the timers runs out; sets the error when one has."""
+        now, staged = time.monotonic(), self._assembly.staged
+        left = self._progress + self._idle_s - now
+        if left <= 0:
+            self._error = TransferError(f"no progress for {self._idle_s} s; {staged} bytes staged, missing: {self._assembly.gap()}")
+            return 0.0
+        if not self._in_flight:
+            return left
+        waits = self._moved + self._idle_s - now
+        if waits <= 0:
+            self._error = TransferError(f"staging full for {self._idle_s} s: {staged} bytes wait for their reader")
+        return max(0.0, min(left, waits))
+
+    # --- from lane threads -----------------------------------------------------------------------------------------------------------
 
     def _fail(self, error: TransferError) -> None:
         with self._changed:
@@ -118,104 +187,82 @@ class Puller:
                 self._error = error
                 self._changed.notify_all()
 
-    def _over(self) -> bool:
-        return self._error is not None or (self._in_flight == 0 and self._assembly.complete)
-
-    def _watch(self) -> None:
-        """Starts the lanes, runs the idle timer, and takes everything down at the end, whatever the end is."""
+    def _take(self, source: "_Source", header: wire.Header, payload: memoryview) -> None:
+        header.check(self._wire_spec, self._length, self._prefix)
         with self._changed:
-            # Nothing to move (length 0), or cancelled already: no lane is needed.
-            readers = [] if self._over() else self._readers
-            for reader in readers:
-                reader.start()
-            while not self._over():
-                left = self._progress + self._idle_s - time.monotonic()
-                if left <= 0:
-                    staged, gap = self._assembly.staging.in_use, self._assembly.gap()
-                    self._error = TransferError(f"no progress for {self._idle_s} s; {staged} bytes staged, missing: {gap}")
-                    break
-                self._changed.wait(left)
-            self._changed.notify_all()
-            channels = list(self._channels)
-        for channel in channels:
-            channel.close()
-        deadline = time.monotonic() + _JOIN_S
-        for reader in readers:
-            reader.join(max(0.0, deadline - time.monotonic()))
-
-    def _read(self, lane: str) -> None:
-        """One lane, from connection to end of stream."""
-        channel = open_channel(lane, LANE_CHANNEL_OPTIONS, self._security)
-        with self._changed:
-            if self._over():
-                channel.close()
+            if self._error is not None or self._sources.get(source.group) is not source:
                 return
-            call = channel.unary_stream(METHOD)(self._request)
-            self._channels.append(channel)
-        try:
-            for sequence, message in enumerate(call):
-                self._take(sequence, message)
-            self._lane_ended()
-        except grpc.RpcError:
-            # The call is its own error; it has a status by now.
-            self._fail(TransferError(f"lane {lane}: {call.code().name}: {call.details()}"))
-        except PrfaasError as error:
-            self._fail(TransferError(f"lane {lane}: {error}"))
-        except Exception as error:  # whatever a callback raises ends the transfer, and must not end silently with its thread
-            failure = TransferError(f"lane {lane}: {type(error).__name__} while handing on a block: {error}")
-            failure.__cause__ = error
-            self._fail(failure)
-        finally:
-            channel.close()
-
-    def _take(self, sequence: int, message: bytes) -> None:
-        header, payload = wire.decode(message)
-        if (header.ticket, header.epoch) != (self._ticket, self._epoch):
-            raise TransferError(
-                f"message of ticket {header.ticket.hex()} epoch {header.epoch}, not {self._ticket.hex()} epoch {self._epoch}"
-            )
-        if header.sequence != sequence:
-            raise TransferError(f"message {header.sequence} came where message {sequence} was due")
-        header.check(self._spec, self._length, payload.nbytes)
-        with self._changed:
-            self._progress = time.monotonic()
-            self._wait_for_room(header.key)
-            block = self._assembly.claim(header, payload.nbytes)
-        if block is None:
-            return
-        block.write(header.key.heads, header.offset, payload)
-        with self._changed:
-            elements = self._assembly.wrote(block, payload.nbytes)
-            if elements is None:
+            self._progress = self._moved = time.monotonic()
+            self._wire_bytes += payload.nbytes
+            moved = self._assembly.moved
+            block = self._assembly.claim(header, payload)
+            if self._assembly.moved == moved:  # it was here already
+                source.grant(payload.nbytes)
+                return
+            owed = self._owed.setdefault(self._assembly.whole(header.key), {})
+            owed[source] = owed.get(source, 0) + payload.nbytes
+            if block is None:
                 return
             self._in_flight += 1
-        self._on_block(block.key, elements, lambda: self._done(block))
-
-    def _wait_for_room(self, key: SegmentKey) -> None:
-        """Returns once the segment's block exists or fits; raises TransferError when the transfer ends or nothing is freed in time."""
-        in_use, since = self._assembly.staging.in_use, time.monotonic()
-        while self._error is None and not self._assembly.fits(key):
-            if self._assembly.staging.in_use != in_use:
-                in_use, since = self._assembly.staging.in_use, time.monotonic()
-            left = since + self._idle_s - time.monotonic()
-            if left <= 0:
-                raise TransferError(f"staging full for {self._idle_s} s: {in_use} bytes wait for their reader or for other head slices")
-            self._changed.wait(left)
-        if self._error is not None:
-            raise self._error
+            self._handing += 1
+            buffer = self._assembly.buffer_for(block)
+        _handing.puller = self
+        try:
+            self._on_block(block.key, block.build(buffer), lambda: self._done(block))
+        finally:
+            _handing.puller = None
+            with self._changed:
+                self._handing -= 1
+                self._changed.notify_all()
 
     def _done(self, block: Block) -> None:
         with self._changed:
-            if block.buffer is None:
+            if not self._assembly.free(block):
                 return
-            self._assembly.free(block)
             self._in_flight -= 1
-            self._progress = time.monotonic()
+            self._progress = self._moved = time.monotonic()
             self._changed.notify_all()
+            for source, nbytes in self._owed.pop(block.key, {}).items():
+                # What an earlier ticket brought makes room for the present one.
+                current = source if self._sources.get(source.group) is source else next(iter(self._sources.values()), None)
+                if current is not None:
+                    current.grant(nbytes)
 
-    def _lane_ended(self) -> None:
+    def _ended(self) -> None:
         with self._changed:
-            self._lanes_open -= 1
-            if not self._lanes_open and not self._assembly.complete:
+            if all(source.over for source in self._sources.values()) and not self._assembly.complete:
                 self._error = self._error or TransferError(f"every lane has ended; missing: {self._assembly.gap()}")
                 self._changed.notify_all()
+
+
+class _Source:
+    """A transfer's share of one group: its grant, and its ear there."""
+
+    def __init__(self, puller: Puller, group: LaneGroup, ticket: bytes, granted: int):
+        self._puller, self.group, self._ticket, self.granted = puller, group, ticket, granted
+        self.over = False
+
+    def grant(self, nbytes: int) -> None:
+        """Room for so many more; with the puller's lock held."""
+        self.granted += nbytes
+        self.group.grant(self._ticket, self.granted)
+
+    def take(self, header: wire.Header, payload: memoryview) -> None:
+        """See Receiver.take."""
+        try:
+            self._puller._take(self, header, payload)
+        except PrfaasError as error:
+            self._puller._fail(TransferError(f"lane {self.group.address}: {error}"))
+        except Exception as error:  # whatever a callback raises ends the transfer, and must not end silently with a lane's thread
+            failure = TransferError(f"lane {self.group.address}: {type(error).__name__} while handing on a block: {error}")
+            failure.__cause__ = error
+            self._puller._fail(failure)
+
+    def ended(self) -> None:
+        """See Receiver.ended."""
+        self.over = True
+        self._puller._ended()
+
+    def failed(self, error: TransferError) -> None:
+        """See Receiver.failed."""
+        self._puller._fail(error)

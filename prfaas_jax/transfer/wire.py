@@ -1,7 +1,8 @@
-"""The raw message of a lane: a fixed binary header and a piece of one segment's payload.
+"""The raw data message of a lane: a fixed binary header and a piece of one segment's payload.
 
-Little endian, no protobuf: a `bytes` field would cost two more copies on each side. The checksum covers header and payload, so a
-flipped bit anywhere is an error and never a wrong token.
+Little endian, no protobuf: a `bytes` field would cost two more copies on each side. A checksum always covers the header and, unless both
+sides agreed to do without, the payload: a flipped bit anywhere is an error and never a wrong token. What goes the other way, and what
+else a lane carries, is in `transfer/frames.py`.
 """
 
 import dataclasses
@@ -10,28 +11,27 @@ import struct
 import google_crc32c
 import numpy as np
 
-from prfaas_jax.errors import InvalidInput, PeerMismatch, TransferError
+from prfaas_jax.errors import InvalidInput, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # A message's payload: the default is the fastest size measured, the limit keeps every message below gRPC's 4 MiB receive limit.
 MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 2 << 20
 
 TICKET_BYTES = 16
-CODEC_RAW = 0
-DTYPE_CODES = {"float32": 0, "bfloat16": 1}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "uint8": 2}
+_DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 
-_MAGIC = b"PfKV"
-# magic, version, codec, dtype, ticket, epoch, sequence, group, tensor, layers, tokens, heads, offset, segment bytes, payload bytes
-_HEADER = struct.Struct("<4sHBB16sIIHHIIIIIIQQI")
+MAGIC = b"PfKV"
+# magic, version, flags, dtype, ticket, epoch, sequence, group, tensor, layers, tokens, heads, offset, segment, raw and payload bytes
+# Padded so that the payload of a message, whose bytes Python puts 32 behind a multiple of 16, is aligned for any dtype.
+_HEADER = struct.Struct("<4sHBB16sIIHHIIIIIIQQII8x")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
-
-_REQUEST_MAGIC = b"PfRq"
-_REQUEST = struct.Struct("<4sHxx16sII")
+_CHECKED, _AGAIN, _BACKLOG, _COMPRESSED = 1, 2, 4, 8
 
 
 def check_spec(spec: CacheSpec) -> None:
@@ -49,12 +49,16 @@ class Header:
     Attributes:
         ticket: 16 raw bytes, chosen by the server.
         epoch: generation of the ticket; messages of another epoch are refused.
-        sequence: number of the message within its lane, from 0.
+        sequence: number of the message within its stream, from 0.
         key: the segment that the payload belongs to.
         dtype: a key of `DTYPE_CODES`.
-        offset: first payload byte's position within the segment.
+        offset: first raw byte's position within the segment.
         segment_bytes: bytes of the whole segment.
-        codec: `CODEC_RAW`, the only one there is.
+        raw_bytes: bytes of the segment that the payload stands for: as many as it has, unless it is compressed.
+        checked: the payload is under the checksum too.
+        again: these bytes were sent before, on a stream that was lost.
+        backlog: when this message was handed to the network, more was ready: what follows comes as fast as the link allows.
+        compressed: the payload is a zstd frame of `raw_bytes` bytes.
     """
 
     ticket: bytes
@@ -64,12 +68,16 @@ class Header:
     dtype: str
     offset: int
     segment_bytes: int
-    codec: int = CODEC_RAW
+    raw_bytes: int
+    checked: bool = True
+    again: bool = False
+    backlog: bool = False
+    compressed: bool = False
 
-    def check(self, spec: CacheSpec, length: int, payload_bytes: int) -> None:
-        """Raises TransferError unless key, dtype and sizes agree with the cache of a `length`-token request."""
+    def check(self, spec: CacheSpec, length: int, held: int = 0) -> None:
+        """Raises TransferError unless key, dtype and sizes agree with what a `length`-token request adds to its first `held` tokens."""
         try:
-            self.key.check(spec, length)
+            self.key.check(spec, length, held)
         except InvalidInput as error:
             raise TransferError(f"message {self.sequence} lies outside the cache: {error}") from error
         dtype, nbytes = self.key.tensor_spec(spec).dtype, self.key.nbytes(spec)
@@ -77,8 +85,8 @@ class Header:
             raise TransferError(f"message {self.sequence} of {self.key}: dtype {self.dtype}, expected {dtype}")
         if self.segment_bytes != nbytes:
             raise TransferError(f"message {self.sequence} of {self.key}: claims {self.segment_bytes} segment bytes, expected {nbytes}")
-        if self.offset + payload_bytes > nbytes:
-            end = self.offset + payload_bytes
+        if self.offset + self.raw_bytes > nbytes:
+            end = self.offset + self.raw_bytes
             raise TransferError(f"message {self.sequence} of {self.key}: ends at byte {end} of a {nbytes}-byte segment")
 
 
@@ -89,81 +97,63 @@ def encode(header: Header, payload: memoryview) -> bytes:
     """
     if not 0 < payload.nbytes <= MAX_MESSAGE_BYTES:
         raise InvalidInput("payload bytes", payload.nbytes, f"1..{MAX_MESSAGE_BYTES}")
+    if not header.compressed and payload.nbytes != header.raw_bytes:
+        raise InvalidInput("raw_bytes", header.raw_bytes, f"the {payload.nbytes} bytes of the payload")
     if len(header.ticket) != TICKET_BYTES:
         raise InvalidInput("ticket", header.ticket.hex(), f"{TICKET_BYTES} bytes")
     if header.dtype not in DTYPE_CODES:
         raise InvalidInput("dtype", header.dtype, f"one of {sorted(DTYPE_CODES)}")
     key = header.key
+    flags = header.checked * _CHECKED | header.again * _AGAIN | header.backlog * _BACKLOG | header.compressed * _COMPRESSED
     try:
         head = _HEADER.pack(
-            *(_MAGIC, PROTOCOL_VERSION, header.codec, DTYPE_CODES[header.dtype], header.ticket, header.epoch, header.sequence),
+            *(MAGIC, PROTOCOL_VERSION, flags, DTYPE_CODES[header.dtype], header.ticket, header.epoch, header.sequence),
             *(key.group, key.tensor, *key.layers, *key.tokens, *key.heads),
-            *(header.offset, header.segment_bytes, payload.nbytes),
+            *(header.offset, header.segment_bytes, header.raw_bytes, payload.nbytes),
         )
     except struct.error as error:
         raise InvalidInput("header", header, f"fields that fit the wire format ({error})") from error
-    return b"".join((head, _CRC.pack(_checksum(head, payload)), payload))
+    return b"".join((head, _CRC.pack(_checksum(head, payload, header.checked)), payload))
 
 
 def decode(message: bytes) -> tuple[Header, memoryview]:
     """Reads one message; the payload is a view of `message`.
 
-    Raises TransferError on a wrong length, magic, version, codec, dtype or checksum. What the header says about the cache is for
+    Raises TransferError on a wrong length, magic, version, dtype, size or checksum. What the header says about the cache is for
     `Header.check` to judge: nothing may be allocated before that.
     """
     if len(message) <= HEADER_BYTES:
         raise TransferError(f"message of {len(message)} bytes: truncated, a header alone has {HEADER_BYTES}")
     fields = _HEADER.unpack_from(message)
-    magic, version, codec, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, segment_bytes, nbytes = fields
-    if magic != _MAGIC:
-        raise TransferError(f"message starts with {magic!r}, expected {_MAGIC!r}")
+    magic, version, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, segment_bytes, raw, nbytes = fields
+    if magic != MAGIC:
+        raise TransferError(f"message starts with {magic!r}, expected {MAGIC!r}")
     if version != PROTOCOL_VERSION:
         raise TransferError(f"message of protocol version {version}, expected {PROTOCOL_VERSION}")
     payload = memoryview(message)[HEADER_BYTES:]
     if nbytes != payload.nbytes or nbytes > MAX_MESSAGE_BYTES:
         raise TransferError(f"message claims {nbytes} payload bytes and has {payload.nbytes}; the limit is {MAX_MESSAGE_BYTES}")
     (crc,) = _CRC.unpack_from(message, _HEADER.size)
-    if crc != (seen := _checksum(message[: _HEADER.size], payload)):
+    if crc != (seen := _checksum(message[: _HEADER.size], payload, bool(flags & _CHECKED))):
         raise TransferError(f"checksum of message {sequence}: header says {crc:#010x}, the bytes have {seen:#010x}")
-    if codec != CODEC_RAW:
-        raise TransferError(f"message {sequence}: codec {codec}, expected {CODEC_RAW} (raw)")
-    names = {code: name for name, code in DTYPE_CODES.items()}
-    if dtype not in names:
-        raise TransferError(f"message {sequence}: dtype code {dtype}, expected one of {sorted(names)}")
+    if dtype not in _DTYPES:
+        raise TransferError(f"message {sequence}: dtype code {dtype}, expected one of {sorted(_DTYPES)}")
+    compressed = bool(flags & _COMPRESSED)
+    if not 0 < raw <= MAX_MESSAGE_BYTES or (not compressed and raw != nbytes):
+        raise TransferError(f"message {sequence} claims {raw} raw bytes in a payload of {nbytes}; the limit is {MAX_MESSAGE_BYTES}")
     a, b, c, d, e, f = ranges
     key = SegmentKey(group, tensor, (a, b), (c, d), (e, f))
-    return Header(ticket, epoch, sequence, key, names[dtype], offset, segment_bytes, codec), payload
+    checked, again, backlog = bool(flags & _CHECKED), bool(flags & _AGAIN), bool(flags & _BACKLOG)
+    return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, segment_bytes, raw, checked, again, backlog, compressed), payload
 
 
-def _checksum(head: bytes, payload: memoryview) -> int:
+def checksum(start: int, data: bytes | memoryview) -> int:
+    """crc32c of `data`, going on from `start`."""
     # crc32c takes no memoryview; an array over the same bytes is free.
-    crc: int = google_crc32c.extend(google_crc32c.value(head), np.frombuffer(payload, np.uint8))
+    crc: int = google_crc32c.extend(start, data if isinstance(data, bytes) else np.frombuffer(data, np.uint8))
     return crc
 
 
-@dataclasses.dataclass(frozen=True)
-class FetchRequest:
-    """What a puller asks of a lane: the messages of a ticket, from `from_sequence` on."""
-
-    ticket: bytes
-    epoch: int
-    from_sequence: int = 0
-
-    def encode(self) -> bytes:
-        """Fixed-size binary form; raises InvalidInput when a field does not fit."""
-        if len(self.ticket) != TICKET_BYTES:
-            raise InvalidInput("ticket", self.ticket.hex(), f"{TICKET_BYTES} bytes")
-        try:
-            return _REQUEST.pack(_REQUEST_MAGIC, PROTOCOL_VERSION, self.ticket, self.epoch, self.from_sequence)
-        except struct.error as error:
-            raise InvalidInput("request", self, f"epoch and from_sequence of 32 bits ({error})") from error
-
-    @classmethod
-    def decode(cls, message: bytes) -> "FetchRequest":
-        """Raises InvalidInput when malformed and PeerMismatch on another protocol version."""
-        if len(message) != _REQUEST.size or message[:4] != _REQUEST_MAGIC:
-            raise InvalidInput("request", bytes(message[:8]), f"{_REQUEST.size} bytes that start with {_REQUEST_MAGIC!r}")
-        _, version, ticket, epoch, from_sequence = _REQUEST.unpack(message)
-        if version != PROTOCOL_VERSION:
-            raise PeerMismatch("protocol_version", PROTOCOL_VERSION, version)
-        return cls(ticket, epoch, from_sequence)
+def _checksum(head: bytes, payload: memoryview, whole: bool) -> int:
+    crc = checksum(0, head)
+    return checksum(crc, payload) if whole else crc

@@ -35,6 +35,24 @@ def test_intervals_agree_with_a_bitmap(ranges):
                 assert gap[1] == last or bitmap[gap[1]]
 
 
+@given(pieces, st.data())
+def test_what_is_taken_out_of_intervals_is_missing_again(ranges, data):
+    intervals, bitmap = Intervals(), np.zeros(SIZE, bool)
+    for start, stop in ranges:
+        if not bitmap[start:stop].any():
+            intervals.add(start, stop)
+            bitmap[start:stop] = True
+    start, stop = data.draw(half_open(SIZE))
+    if bitmap[start:stop].all():
+        intervals.remove(start, stop)
+        bitmap[start:stop] = False
+    else:
+        with pytest.raises(KeyError):
+            intervals.remove(start, stop)
+    for at in range(SIZE):
+        assert intervals.overlap(at, at + 1) == bitmap[at]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_coverage_agrees_with_a_bitmap(data):

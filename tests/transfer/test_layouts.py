@@ -28,7 +28,7 @@ def test_layout_every_cut_arrives_byte_for_byte(sender, seed):
     ticket, sink = sender.send(cache, keys), Sink(SPEC, cache.length)
     counters = pull(ticket, SPEC, cache.length, [sender.lane.address], sink).finish(SPEC.bytes(cache.length))
     sink.check(cache)
-    assert counters == Counters(moved=SPEC.bytes(cache.length))
+    assert counters == Counters(moved=SPEC.bytes(cache.length), wire=SPEC.bytes(cache.length))
     sender.outbox.release(ticket.id, ticket.epoch)
     assert sender.outbox.bytes_held == 0
 

@@ -1,4 +1,4 @@
-"""LaneServer and Puller end to end over loopback; tests of known bug classes carry the class in their name."""
+"""LaneServer, LaneGroup and Puller end to end over loopback; tests of known bug classes carry the class in their name."""
 
 import socket
 import subprocess
@@ -14,10 +14,9 @@ from transfer_fixtures import SPEC, Cache, Sender, Sink, pull, wait_until, wide_
 from prfaas_jax.errors import InvalidInput, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
-from prfaas_jax.transfer import wire
-from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.counters import Counters
-from prfaas_jax.transfer.lane import METHOD, LaneServer
+from prfaas_jax.transfer.lane import LaneServer
+from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox
 from prfaas_jax.transfer.puller import Puller
 
@@ -55,21 +54,25 @@ def test_tickets_two_transfers_at_once_do_not_mix(sender):
 
 
 def test_repeated_messages_are_idempotent_and_counted(sender):
-    """The same ticket over two lanes: every byte is written once, the rest counts as resent."""
+    """Two senders hold the same shard of one ticket: every byte is written once, the rest counts as resent."""
     cache, sink = Cache(SPEC, 40), Sink(SPEC, 40)
     ticket = sender.send(cache, cache.keys(8, shards=2))
-    lanes = [sender.lane.address, sender.lane.address]
-    # The second half of the second stream may be cut off when the first has brought everything.
-    counters = pull(ticket, SPEC, 40, lanes, sink).finish(SPEC.bytes(40))
+    with Sender(SPEC, message_bytes=97) as twin:
+        twin.outbox.open(40, ticket)
+        for key in cache.keys(8, shards=2):
+            twin.outbox.put(ticket, cache.segment(key))
+        twin.outbox.finish(ticket)
+        counters = pull(ticket, SPEC, 40, [sender.lane.address, twin.lane.address], sink).finish(SPEC.bytes(40))
     sink.check(cache)
     assert counters.moved == SPEC.bytes(40)
+    assert counters.wire == counters.moved + counters.resent
     assert 0 <= counters.resent <= SPEC.bytes(40)
 
 
 def test_endless_wait_zero_length_transfer_is_over_at_once():
     """Class C: a full prefix hit has nothing to move, and needs no lane to say so."""
-    puller = Puller(SPEC, 0, b"t" * 16, 1, ["127.0.0.1:1"], Sink(SPEC, 0))
-    puller.start()
+    puller = Puller(SPEC, 0, Sink(SPEC, 0))
+    puller.start(b"t" * 16, 1, [LaneGroup("127.0.0.1:1")])
     assert puller.finish(0) == Counters()
 
 
@@ -178,33 +181,13 @@ def test_exception_in_on_block_fails_the_transfer(sender):
         pull(ticket, SPEC, 8, [sender.lane.address], broken).finish(SPEC.bytes(8))
 
 
-def fetch(address: str, request: bytes) -> list[bytes]:
-    with grpc.insecure_channel(address, LANE_CHANNEL_OPTIONS) as channel:
-        return list(channel.unary_stream(METHOD)(request, timeout=5))
-
-
-def test_requests_bad_ones_get_their_status(sender, monkeypatch):
-    good = wire.FetchRequest(b"t" * 16, 1).encode()
-    for request, code in [(b"junk", "INVALID_ARGUMENT"), (good, "NOT_FOUND"), (good[:4] + b"\x09\x00" + good[6:], "FAILED_PRECONDITION")]:
-        with pytest.raises(grpc.RpcError) as raised:
-            fetch(sender.lane.address, request)
-        assert raised.value.code().name == code
-
-
-def test_resume_from_a_sequence_repeats_the_same_bytes(sender):
-    cache = Cache(SPEC, 24)
-    ticket = sender.send(cache, cache.keys(8))
-    whole = fetch(sender.lane.address, wire.FetchRequest(ticket.id, ticket.epoch).encode())
-    assert fetch(sender.lane.address, wire.FetchRequest(ticket.id, ticket.epoch, 7).encode()) == whole[7:]
-
-
 def test_receive_limit_message_above_4_mib_is_not_read():
     """minimal_stack would switch the limit off, and an unlimited receiver is a memory hole."""
     from concurrent import futures
 
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    handler = grpc.unary_stream_rpc_method_handler(lambda request, context: iter([bytes(8 << 20)]))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("prfaas.Lane", {"FetchKV": handler}),))
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    handler = grpc.stream_stream_rpc_method_handler(lambda requests, context: iter([bytes(8 << 20)]))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("prfaas.Lane", {"Stream": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -230,7 +213,7 @@ def test_leaks_no_thread_connection_or_stream_is_left_however_a_transfer_ends(se
             sender.outbox.release(ticket.id, ticket.epoch)
         idle_s, on_block = (0.05 if end == "idle" else 10), (corrupt if end == "broken callback" else Sink(SPEC, 8))
         length = 7 if end == "overlap" else 8
-        puller = pull(ticket, SPEC, length, [sender.lane.address] * 2, on_block, idle_s=idle_s)
+        puller = pull(ticket, SPEC, length, [sender.lane.address], on_block, lanes=2, idle_s=idle_s)
         if end == "cancel":
             wait_until(lambda: sender.lane.streams == 2)
             started = time.monotonic()
@@ -241,7 +224,7 @@ def test_leaks_no_thread_connection_or_stream_is_left_however_a_transfer_ends(se
         else:
             with pytest.raises(TransferError, match="cancelled" if end == "cancel" else None):
                 puller.finish(SPEC.bytes(length))
-        assert not [t for t in threading.enumerate() if t.name.startswith("pull")]
+        assert not [t for t in threading.enumerate() if t.name.startswith("lane 127") or t.name.startswith("lanes")]
         wait_until(lambda: sender.lane.streams == 0)
         sender.outbox.release(ticket.id, ticket.epoch)
 
@@ -261,7 +244,7 @@ def test_leaks_refusals_on_a_busy_machine_leave_no_connection(sender):
         ticket = sender.send(cache, [], finish=False)
         sender.outbox.release(ticket.id, ticket.epoch)
         with pytest.raises(TransferError, match="unknown"):
-            pull(ticket, SPEC, 8, [sender.lane.address] * 2, Sink(SPEC, 8)).finish(SPEC.bytes(8))
+            pull(ticket, SPEC, 8, [sender.lane.address], Sink(SPEC, 8), lanes=2).finish(SPEC.bytes(8))
 
     refused()
     before = me.num_fds()
@@ -340,18 +323,6 @@ def test_block_above_the_whole_staging_is_refused(sender):
         pull(ticket, SPEC, 24, [sender.lane.address], Sink(SPEC, 24), max_staging_bytes=100).finish(SPEC.bytes(24))
 
 
-def test_backpressure_stalled_reader_does_not_keep_its_thread():
-    spec, length = wide_spec(), 1024
-    cache = Cache(spec, length)
-    with Sender(spec, stall_s=0.4) as sender, grpc.insecure_channel(sender.lane.address, LANE_CHANNEL_OPTIONS) as channel:
-        ticket = sender.send(cache, cache.keys(64))
-        call = channel.unary_stream(METHOD)(wire.FetchRequest(ticket.id, ticket.epoch).encode(), timeout=20)
-        next(call)
-        wait_until(lambda: sender.lane.streams == 0)
-        with pytest.raises(grpc.RpcError):
-            list(call)
-
-
 def test_too_many_streams_are_refused_and_running_ones_go_on():
     with Sender(SPEC, max_streams=1) as sender:
         cache, sink = Cache(SPEC, 8), Sink(SPEC, 8)
@@ -390,23 +361,35 @@ def test_port_in_use_is_a_clear_error(sender):
         LaneServer(sender.outbox, "nonsense")
 
 
-def test_bad_settings_of_a_puller_are_named():
-    def make(**kwargs):
-        defaults = {"spec": SPEC, "length": 1, "ticket_id": b"t" * 16, "epoch": 1, "lanes": ["127.0.0.1:1"], "on_block": lambda *_: None}
-        return Puller(**defaults | kwargs)
+def test_bad_settings_are_named(sender):
+    group = LaneGroup("127.0.0.1:1")
+
+    def make(spec=SPEC, length=1, ticket=b"t" * 16, epoch=1, groups=(group,), **kwargs):
+        Puller(spec, length, lambda *_: None, **kwargs).start(ticket, epoch, groups)
 
     integers = CacheSpec((CacheGroup(LayerCache("window", (TensorSpec("k", 1, 1, "int8"),), 8), (0,)),))
     for field, kwargs in {
         "dtype": {"spec": integers},
         "length": {"length": -1},
-        "lanes": {"lanes": []},
-        "ticket": {"ticket_id": b"short"},
+        "prefix": {"prefix": 2},
+        "lanes": {"groups": []},
+        "ticket": {"ticket": b"short"},
         "epoch": {"epoch": -1},
         "idle_s": {"idle_s": 0},
         "max_staging_bytes": {"max_staging_bytes": 0},
     }.items():
         with pytest.raises(InvalidInput, match=field):
             make(**kwargs)
+    for field, kwargs in {
+        "message_bytes": {"message_bytes": 0},
+        "bytes_per_s": {"bytes_per_s": 0},
+        "max_streams": {"max_streams": 0},
+    }.items():
+        with pytest.raises(InvalidInput, match=field):
+            LaneServer(sender.outbox, **kwargs)
+    for field, kwargs in {"lanes": {"lanes": 0}, "dead_s": {"dead_s": 0}}.items():
+        with pytest.raises(InvalidInput, match=field):
+            LaneGroup("127.0.0.1:1", **kwargs)
 
 
 def test_counters_refuse_what_does_not_add_up():

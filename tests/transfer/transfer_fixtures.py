@@ -1,17 +1,23 @@
 """Shared by the transfer tests: a small cache, random bytes for it, and ways to cut it up."""
 
 import itertools
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+import grpc
 import numpy as np
 
 from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
+from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.assembly import VIEW_DTYPES
-from prfaas_jax.transfer.lane import LaneServer
+from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
+from prfaas_jax.transfer.counters import Counters
+from prfaas_jax.transfer.lane import METHOD, LaneServer
+from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.puller import Puller
 
@@ -124,8 +130,8 @@ class Sink:
 class Sender:
     """An outbox behind a lane server, as a context manager."""
 
-    def __init__(self, spec: CacheSpec, capacity: int = 1 << 28, message_bytes: int = 1 << 20, lease_s: float = 30.0, **lane):
-        self.outbox = Outbox(spec, capacity, lease_s, message_bytes=message_bytes)
+    def __init__(self, spec: CacheSpec, capacity: int = 1 << 28, lease_s: float = 30.0, **lane):
+        self.outbox = Outbox(spec, capacity, lease_s)
         self.lane = LaneServer(self.outbox, **lane)
 
     def __enter__(self) -> "Sender":
@@ -144,10 +150,65 @@ class Sender:
         return ticket
 
 
-def pull(ticket: Ticket, spec: CacheSpec, length: int, lanes: Sequence[str], on_block, **kwargs) -> Puller:
-    puller = Puller(spec, length, ticket.id, ticket.epoch, lanes, on_block, **kwargs)
-    puller.start()
-    return puller
+class Pull:
+    """One transfer over lanes of its own, which close when it is over: what remains afterwards is a leak."""
+
+    def __init__(self, ticket: Ticket, puller: Puller, groups: Sequence[LaneGroup]):
+        self.puller, self.groups = puller, groups
+        puller.start(ticket.id, ticket.epoch, groups)
+
+    def finish(self, expected_bytes: int) -> Counters:
+        try:
+            return self.puller.finish(expected_bytes)
+        finally:
+            self.close()
+
+    def cancel(self) -> None:
+        self.puller.cancel()
+        self.close()
+
+    def touch(self) -> None:
+        self.puller.touch()
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.puller.staging_bytes
+
+    def close(self) -> None:
+        for group in self.groups:
+            group.close()
+
+
+class LaneWire:
+    """A lane spoken by hand."""
+
+    def __init__(self, address: str):
+        self._channel = grpc.insecure_channel(address, LANE_CHANNEL_OPTIONS)
+        self._said: queue.SimpleQueue = queue.SimpleQueue()
+        self.call = self._channel.stream_stream(METHOD)(iter(self._said.get, None), timeout=20)
+
+    def __enter__(self) -> "LaneWire":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._said.put(None)
+        self.call.cancel()
+        self._channel.close()
+
+    def say(self, *said: frames.Frame) -> None:
+        for frame in said:
+            self._said.put(frames.encode(frame))
+
+    def hear(self) -> frames.Frame | tuple[wire.Header, bytes]:
+        message = next(self.call)
+        if message[:4] != wire.MAGIC:
+            return frames.decode(message)
+        header, payload = wire.decode(message)
+        return header, bytes(payload)
+
+
+def pull(ticket: Ticket, spec: CacheSpec, length: int, addresses: Sequence[str], on_block, lanes: int = 1, **kwargs) -> Pull:
+    return Pull(ticket, Puller(spec, length, on_block, **kwargs), [LaneGroup(address, lanes, probe=False) for address in addresses])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

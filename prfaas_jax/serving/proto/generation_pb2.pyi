@@ -51,14 +51,16 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Chat.Message, _Mapping]]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill_address", "reason", "route_s")
+    __slots__ = ("prefill_address", "reason", "route_s", "alternatives")
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUTE_S_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     prefill_address: str
     reason: str
     route_s: float
-    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ...) -> None: ...
+    alternatives: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ..., alternatives: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("token", "usage")
@@ -77,7 +79,7 @@ class TokenOut(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address")
+    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +98,11 @@ class Usage(_message.Message):
     ITL_S_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_WIRE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_BOUND_S_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     placement: str
     prefill_address: str
     reason: str
@@ -114,7 +121,34 @@ class Usage(_message.Message):
     itl_s: _containers.RepeatedScalarFieldContainer[float]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     decode_address: str
-    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    resumes: int
+    kv_bytes_wire: int
+    codec: str
+    exposed_bound_s: float
+    link: Link
+    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("prefill_address", "bytes_per_s", "transfer_bytes_per_s", "rtt_s", "goodput_bytes_per_s", "spare_bytes_per_s", "stalls", "stalled_s", "age_s")
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SPARE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STALLS_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_address: str
+    bytes_per_s: float
+    transfer_bytes_per_s: float
+    rtt_s: float
+    goodput_bytes_per_s: float
+    spare_bytes_per_s: float
+    stalls: int
+    stalled_s: float
+    age_s: float
+    def __init__(self, prefill_address: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ..., rtt_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., spare_bytes_per_s: _Optional[float] = ..., stalls: _Optional[int] = ..., stalled_s: _Optional[float] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class TtftParts(_message.Message):
     __slots__ = ("route", "queue", "prefill", "exposed_transfer", "admit", "first_step")
@@ -143,7 +177,7 @@ class Span(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links")
     class ServedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +202,7 @@ class GenerationStatus(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -178,7 +213,8 @@ class GenerationStatus(_message.Message):
     served: _containers.ScalarMap[str, int]
     failed: _containers.ScalarMap[str, int]
     backends: _containers.RepeatedCompositeFieldContainer[Backend]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("role", "address", "healthy", "why", "engine")

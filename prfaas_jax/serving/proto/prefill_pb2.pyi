@@ -8,20 +8,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "cache_fingerprint", "prompt", "sampling", "want_logits")
+    __slots__ = ("protocol_version", "model_fingerprint", "cache_fingerprint", "prompt", "sampling", "want_logits", "decode_has_tokens", "codecs", "resume_ticket", "resume_epoch")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     WANT_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_HAS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TICKET_FIELD_NUMBER: _ClassVar[int]
+    RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     cache_fingerprint: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.Sampling
     want_logits: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: bool = ...) -> None: ...
+    decode_has_tokens: int
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    resume_ticket: bytes
+    resume_epoch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: bool = ..., decode_has_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., resume_ticket: _Optional[bytes] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "progress", "segment_ready", "first_token", "done", "failed")
@@ -40,19 +48,21 @@ class PrefillEvent(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., segment_ready: _Optional[_Union[SegmentReady, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("ticket", "epoch", "manifest", "lanes")
+    __slots__ = ("ticket", "epoch", "manifest", "lanes", "codec")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     epoch: int
     manifest: Manifest
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
-    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+    codec: str
+    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("length", "bytes", "groups")
+    __slots__ = ("length", "bytes", "groups", "prefix", "wire_bytes")
     class Group(_message.Message):
         __slots__ = ("kind", "layers", "bytes")
         KIND_FIELD_NUMBER: _ClassVar[int]
@@ -65,10 +75,14 @@ class Manifest(_message.Message):
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     length: int
     bytes: int
     groups: _containers.RepeatedCompositeFieldContainer[Manifest.Group]
-    def __init__(self, length: _Optional[int] = ..., bytes: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Manifest.Group, _Mapping]]] = ...) -> None: ...
+    prefix: int
+    wire_bytes: int
+    def __init__(self, length: _Optional[int] = ..., bytes: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Manifest.Group, _Mapping]]] = ..., prefix: _Optional[int] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
 
 class Lane(_message.Message):
     __slots__ = ("address", "heads_start", "heads_stop", "epoch")
@@ -89,7 +103,7 @@ class Progress(_message.Message):
     def __init__(self, tokens: _Optional[int] = ...) -> None: ...
 
 class SegmentReady(_message.Message):
-    __slots__ = ("group", "tensor", "layers_start", "layers_stop", "tokens_start", "tokens_stop", "heads_start", "heads_stop")
+    __slots__ = ("group", "tensor", "layers_start", "layers_stop", "tokens_start", "tokens_stop", "heads_start", "heads_stop", "ready_s")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     LAYERS_START_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +112,7 @@ class SegmentReady(_message.Message):
     TOKENS_STOP_FIELD_NUMBER: _ClassVar[int]
     HEADS_START_FIELD_NUMBER: _ClassVar[int]
     HEADS_STOP_FIELD_NUMBER: _ClassVar[int]
+    READY_S_FIELD_NUMBER: _ClassVar[int]
     group: int
     tensor: int
     layers_start: int
@@ -106,7 +121,8 @@ class SegmentReady(_message.Message):
     tokens_stop: int
     heads_start: int
     heads_stop: int
-    def __init__(self, group: _Optional[int] = ..., tensor: _Optional[int] = ..., layers_start: _Optional[int] = ..., layers_stop: _Optional[int] = ..., tokens_start: _Optional[int] = ..., tokens_stop: _Optional[int] = ..., heads_start: _Optional[int] = ..., heads_stop: _Optional[int] = ...) -> None: ...
+    ready_s: float
+    def __init__(self, group: _Optional[int] = ..., tensor: _Optional[int] = ..., layers_start: _Optional[int] = ..., layers_stop: _Optional[int] = ..., tokens_start: _Optional[int] = ..., tokens_stop: _Optional[int] = ..., heads_start: _Optional[int] = ..., heads_stop: _Optional[int] = ..., ready_s: _Optional[float] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token",)
