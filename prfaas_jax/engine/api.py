@@ -107,11 +107,19 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillDone:
-    """Every segment has been handed out. Seconds are of this engine's monotonic clock."""
+    """Every segment has been handed out.
+
+    Attributes:
+        first: what the prompt's last position drew.
+        queue_s: from submission until the first chunk was dispatched.
+        compute_s: from then until the last part of the prompt was computed; segments may have been handed out after that.
+        computed_at: that end, in seconds of `time.monotonic` on this engine's host. What of the transfer comes later is exposed.
+    """
 
     first: Token
     queue_s: float
     compute_s: float
+    computed_at: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +207,9 @@ class DecodeEngine(Protocol):
         ...
 
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
-        """Queues a verified block `[layers, tokens, all heads, width]` for the ticket's own pages or slot.
+        """Queues a verified block `[layers, tokens, all heads, width]`, of any layers and tokens, for the ticket's own pages or slot.
 
-        Pages and windows come whole in layers, states in any layer range. `done` is called from the engine thread once `block` may be
-        reused. bfloat16 travels as uint16 views.
+        `done` is called from the engine thread once `block` may be reused. bfloat16 travels as uint16 views.
         """
         ...
 

@@ -268,7 +268,8 @@ class DecodeWorker(EngineThread):
                 request = self._requests[ticket]
                 request.first = read_token(previous.drawn, row.row, prompt.job.sampling.return_logits)
                 request.ready_at = time.monotonic()
-                prompt.sink(PrefillDone(request.first, prompt.started - prompt.submitted, request.ready_at - prompt.started))
+                timing = prompt.started - prompt.submitted, request.ready_at - prompt.started, request.ready_at
+                prompt.sink(PrefillDone(request.first, *timing))
                 self._make_ready(request)
 
     def _publish(self) -> None:

@@ -21,11 +21,14 @@ class EngineOptions:
         slots: windows and states per layer and data shard, dummy slot included; None takes enough for `max_rows` requests. Models that
             keep all tokens in every layer need none.
         chunk: prompt tokens per row and prefill step; chunks start at absolute multiples of it.
+        segments: parts of the stack, at least, whose cache leaves one after another within a prefill step; None takes what suits the model
+            and platform, 1 makes the step one program. Compilers fuse one program differently from several (lightning attention on a CPU
+            differs in the last bits), so a decode engine's own prefill is cut the same way, and bit-equal KV asks the same of both sides.
         max_length: prompt plus new tokens of one request.
         max_rows: requests that decode at once.
         max_prefill_rows: requests that share one prefill step.
         max_queue: requests that may wait for pages.
-        ingest_tokens: tokens per scatter of received KV.
+        ingest_tokens: tokens per scatter of received KV, if they are of all layers; of fewer layers it takes as many more.
         ingest_bytes_per_step: received KV scattered between two decode steps at most, so that running decodes keep their pace.
         paged_attention: implementation by name; None takes the platform's default.
         warmup: compile every program at start-up.
@@ -39,6 +42,7 @@ class EngineOptions:
     pages: int | None = None
     slots: int | None = None
     chunk: int = 256
+    segments: int | None = None
     max_length: int = 4096
     max_rows: int = 32
     max_prefill_rows: int = 4
@@ -54,6 +58,8 @@ class EngineOptions:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise InvalidInput(field, value, "a positive integer")
+        if self.segments is not None and self.segments < 1:
+            raise InvalidInput("segments", self.segments, "a positive integer, or None for what suits the model")
         if self.chunk % MIN_PREFILL_TOKENS:
             raise InvalidInput("chunk", self.chunk, f"a multiple of {MIN_PREFILL_TOKENS}")
         if self.page_size & (self.page_size - 1) or self.page_size > 256:

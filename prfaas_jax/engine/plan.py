@@ -63,7 +63,10 @@ class DecodePlan(NamedTuple):
 
 
 class IngestPlan(NamedTuple):
-    """Where received tokens go: page (or slot) and offset per data shard; shards that do not own the request point at the dummy 0."""
+    """Where received rows go, one row being one layer's token, or state: its page (or slot) of the pool and its offset there.
+
+    Per data shard; shards that do not own a row's request point at the dummy page 0.
+    """
 
     page: Int32[Leaf, "shards R"]
     offset: Int32[Leaf, "shards R"]
@@ -129,23 +132,36 @@ def plan_decode(rows: Sequence[DecodeInput], batch: int, width: int) -> DecodePl
     return plan
 
 
-def plan_ingest(pages: np.ndarray, page_size: int, tokens: tuple[int, int], size: int, shard: int, shards: int) -> IngestPlan:
-    """Addresses of absolute positions `tokens` in a request's pages, padded to `size` with the dummy page."""
-    start, stop = tokens
-    positions = np.arange(start, stop)
-    plan = IngestPlan(np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32))
-    plan.page[shard, : stop - start] = pages[positions // page_size]
-    plan.offset[shard, : stop - start] = positions % page_size
-    return plan
+class Rows(NamedTuple):
+    """Addresses, in a data shard's pool, of received rows; the layer is part of the page, see kvcache/pools.py."""
+
+    shard: int
+    page: Int32[np.ndarray, " R"]
+    offset: Int32[np.ndarray, " R"]
 
 
-def plan_ring(slot: int, ring: int, tokens: tuple[int, int], size: int, shard: int, shards: int) -> IngestPlan:
-    """Addresses of absolute positions `tokens` in a slot's ring of `ring` tokens (1 for a state), padded to `size` with the dummy slot.
+def paged_rows(pages: np.ndarray, per_layer: int, page_size: int, layers: tuple[int, int], tokens: tuple[int, int], shard: int) -> Rows:
+    """Of absolute positions `tokens` in a request's pages, layer by layer; pools have `per_layer` pages per layer."""
+    positions = np.arange(*tokens)
+    page = np.arange(*layers)[:, None] * per_layer + pages[positions // page_size]
+    return Rows(shard, page.ravel(), np.tile(positions % page_size, layers[1] - layers[0]))
+
+
+def slot_rows(slot: int, per_layer: int, ring: int, layers: tuple[int, int], tokens: tuple[int, int], shard: int) -> Rows:
+    """Of absolute positions `tokens` in a slot's rings of `ring` tokens (1 for a state), layer by layer.
 
     No more than `ring` positions: two of them would meet in one place.
     """
-    start, stop = tokens
+    page = np.repeat(np.arange(*layers) * per_layer + slot, tokens[1] - tokens[0])
+    return Rows(shard, page, np.tile(np.arange(*tokens) % ring, layers[1] - layers[0]))
+
+
+def plan_ingest(rows: Sequence[Rows], size: int, shards: int) -> IngestPlan:
+    """Lays rows one after the other, padded to `size` with the dummy page."""
     plan = IngestPlan(np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32))
-    plan.page[shard, : stop - start] = slot
-    plan.offset[shard, : stop - start] = np.arange(start, stop) % ring
+    start = 0
+    for shard, page, offset in rows:
+        stop = start + len(page)
+        plan.page[shard, start:stop], plan.offset[shard, start:stop] = page, offset
+        start = stop
     return plan

@@ -1,9 +1,12 @@
-"""The prefill engine: chunks of several prompts share a step; each chunk's KV leaves while the next one computes."""
+"""The prefill engine: chunks of several prompts share a step; what each part of the stack caches leaves while the next one computes."""
 
+import collections
 import dataclasses
 import functools
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -49,19 +52,37 @@ class Prompt:
         return PrefillItem(self.job.ticket, self.done, len(self.job.prompt), self.reservation.shard, self.last_step, self.arrival)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class DispatchedStep:
-    """A prefill step that has been dispatched and whose results have not been read; `parts` become ready one after another."""
+    """A prefill step that has been dispatched and whose results have not been read.
+
+    Attributes:
+        rows: its prompts.
+        drawn: ready when all of it has been computed.
+        parts: those that have not been handed out; they become ready one after another.
+        computed: when `drawn` was first seen ready, in monotonic seconds.
+    """
 
     rows: list[tuple[Prompt, PrefillInput]]
     drawn: Drawn
-    parts: tuple[Part, ...]
+    parts: collections.deque[Part]
+    computed: float | None = None
+
+    def computed_at(self, wait: bool = False) -> float | None:
+        """When it was computed; looks again if it was not when last asked, or waits for it."""
+        token: Any = self.drawn.token
+        if self.computed is None and (wait or token.is_ready()):
+            token.block_until_ready()
+            self.computed = time.monotonic()
+        return self.computed
 
 
-def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, export: bool) -> DispatchedStep:
+def dispatch_prefill(
+    runner: Runner, prompts: dict[str, Prompt], step: int, export: bool, dispatched: Callable[[], None] = lambda: None
+) -> DispatchedStep:
     """Chooses rows among `prompts`, dispatches one step and advances the chosen prompts.
 
-    `step` numbers the steps; without `export` what is new stays on the device.
+    `step` numbers the steps; without `export` what is new stays on the device. `dispatched` is called after every part.
     """
     choice = choose_prefill([p.item() for p in prompts.values()], runner.prefill_buckets, runner.options.chunk, step)
     rows = []
@@ -77,8 +98,8 @@ def dispatch_prefill(runner: Runner, prompts: dict[str, Prompt], step: int, expo
     kinds: list[CacheKind] = ["paged", "window"] if export else []
     if export and any(row.start + row.valid == len(prompt.job.prompt) for prompt, row in rows):
         kinds.append("state")  # of no use to anybody before the prompt's end
-    drawn, parts = runner.prefill(plan, kinds)
-    return DispatchedStep(rows, drawn, parts)
+    drawn, parts = runner.prefill(plan, kinds, dispatched)
+    return DispatchedStep(rows, drawn, collections.deque(parts))
 
 
 def new_pages(runner: Runner) -> PageAllocator:
@@ -184,32 +205,43 @@ class PrefillWorker(EngineThread):
         previous, self._pending = self._pending, None
         open_prompts = {t: p for t, p in self._active.items() if p.done < len(p.job.prompt)}
         if open_prompts:
-            self._pending = dispatch_prefill(self._runner, open_prompts, self._steps, export=True)
+            meanwhile = functools.partial(self._hand_out_ready, previous)
+            self._pending = dispatch_prefill(self._runner, open_prompts, self._steps, export=True, dispatched=meanwhile)
             self._steps += 1
         if previous is not None:
             self._deliver(previous)
         return self._pending is not None or bool(self._waiting and not self._active)
 
+    def _hand_out_ready(self, step: DispatchedStep | None) -> None:
+        """Hands out parts that need no waiting."""
+        while step is not None and step.parts and step.parts[0].ready:
+            self._hand_out(step)
+
+    def _hand_out(self, step: DispatchedStep) -> None:
+        """Hands out what stays of a step's next part, as soon as that has been computed."""
+        part = step.parts.popleft()
+        for prompt, row in self._remaining(step):
+            for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
+                prompt.sink(SegmentReady(segment))
+        step.computed_at()
+
+    def _remaining(self, step: DispatchedStep) -> list[tuple[Prompt, PrefillInput]]:
+        """A step's prompts without those that were cancelled meanwhile."""
+        return [(prompt, row) for prompt, row in step.rows if self._active.get(prompt.job.ticket) is prompt]
+
     def _deliver(self, step: DispatchedStep) -> None:
-        """Hands out what stays of a step's new cache, part by part, while later parts and the next step compute."""
-        rows = [(prompt, row) for prompt, row in step.rows if self._active.get(prompt.job.ticket) is prompt]  # others: cancelled meanwhile
-        *early, last = step.parts
-        for part in early:
-            for prompt, row in rows:
-                self._hand_out(part, prompt, row)
-        for prompt, row in rows:
-            ticket = prompt.job.ticket
-            self._hand_out(last, prompt, row)
+        """Hands out the rest of a step, part by part, while later parts and the next step compute."""
+        while step.parts:
+            self._hand_out(step)
+        computed = step.computed_at(wait=True)
+        assert computed is not None
+        for prompt, row in self._remaining(step):
             self._prefilled += row.valid
             prompt.sink(PrefillProgress(row.start + row.valid))
             if row.start + row.valid == len(prompt.job.prompt):
                 first = read_token(step.drawn, row.row, prompt.job.sampling.return_logits)
-                self._forget(ticket)
-                prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, time.monotonic() - prompt.started))
-
-    def _hand_out(self, part: Part, prompt: Prompt, row: PrefillInput) -> None:
-        for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
-            prompt.sink(SegmentReady(segment))
+                self._forget(prompt.job.ticket)
+                prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, computed - prompt.started, computed))
 
     def _fail_all(self, error: EngineFailed) -> None:
         outstanding = [*self._waiting.values(), *self._active.values()]

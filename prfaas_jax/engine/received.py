@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,34 +10,41 @@ import jax
 import numpy as np
 from absl import logging
 
-from prfaas_jax.engine.plan import IngestPlan, plan_ingest, plan_ring
+from prfaas_jax.engine.plan import Rows, paged_rows, plan_ingest, slot_rows
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.pages import Reservation
-from prfaas_jax.kvcache.segments import SegmentKey, aligned_blocks
+from prfaas_jax.kvcache.segments import SegmentKey
 
 Done = Callable[[], None]
 
 
+# Group and tensor: what one scatter can take together.
+_Pool = tuple[int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What one scatter takes, `[layers, tokens, heads, width]` of one tensor, waiting for it; `done` is set on a block's last piece."""
+    """Rows `[R, heads, width]` for one pool, no more than one scatter takes, waiting for it; `done` is set on a block's last piece."""
 
-    held: Reservation
-    key: SegmentKey
+    ticket: str
+    number: int
+    rows: Rows
     data: np.ndarray
     done: Done | None
 
 
 class Received:
-    """Blocks in order of arrival, and the scatters that still read them. Called from the engine thread only.
+    """Blocks, and the scatters that still read them. Called from the engine thread only.
 
+    A pool's blocks are scattered in order of arrival, and the pool whose first block came first is next. Small ones share a scatter.
     A block's `done` is called exactly once: when its last scatter has read it, or when it is dropped before.
     """
 
     def __init__(self, runner: Runner):
         self._runner = runner
-        self._pieces: collections.deque[_Piece] = collections.deque()
+        self._numbers = itertools.count()
+        self._pieces: dict[_Pool, collections.deque[_Piece]] = {}
         self._fences: collections.deque[tuple[Any, Done]] = collections.deque()
         self._pending: collections.Counter[str] = collections.Counter()
 
@@ -46,41 +54,35 @@ class Received:
         return bool(self._pieces)
 
     def pending(self, ticket: str) -> int:
-        """Scatters of a ticket that have not been dispatched."""
+        """Pieces of a ticket that no dispatched scatter has taken."""
         return self._pending[ticket]
 
     def check(self, key: SegmentKey, block: np.ndarray, max_length: int) -> None:
-        """Raises InvalidInput unless the block can belong to some request of up to `max_length` tokens.
-
-        It must have all heads, and all layers unless it holds states.
-        """
+        """Raises InvalidInput unless the block, of all heads, can belong to some request of up to `max_length` tokens."""
         spec = self._runner.spec
         # What stays of the shortest request that has these tokens: the block stays of no other state, and of no shorter window.
         key.check(spec, min(key.tokens[1], max_length))
-        group = spec.groups[key.group]
-        layers = key.layers if group.cache.kind == "state" else (0, len(group.layers))
-        whole = dataclasses.replace(key, layers=layers, heads=(0, key.tensor_spec(spec).heads))
+        whole = dataclasses.replace(key, heads=(0, key.tensor_spec(spec).heads))
         if key != whole or block.shape != key.shape(spec):
             raise InvalidInput("block shape", (key, block.shape), f"{whole} of shape {whole.shape(spec)}")
 
     def push(self, held: Reservation, key: SegmentKey, block: np.ndarray, done: Done) -> None:
         """Queues a checked block for its owner's pages or slot."""
-        runner, start = self._runner, key.tokens[0]
-        pieces = [
-            dataclasses.replace(key, layers=layers, tokens=tokens)
-            for layers in aligned_blocks(key.layers, runner.ingest_layers(key.group))
-            for tokens in aligned_blocks(key.tokens, runner.ingest_tokens(key.group))
-        ]
-        for piece in pieces:
-            (first, last), (a, b) = piece.layers, piece.tokens
-            data = block[first - key.layers[0] : last - key.layers[0], a - start : b - start]
-            self._pieces.append(_Piece(held, piece, data, done if piece is pieces[-1] else None))
-        self._pending[held.ticket] += len(pieces)
+        most = self._runner.ingest_sizes(key.group)[-1]
+        shard, page, offset = self._addresses(held, key)
+        data = block.reshape(-1, *block.shape[2:])
+        for start in range(0, len(data), most):
+            part = slice(start, start + most)
+            last = done if start + most >= len(data) else None
+            piece = _Piece(held.ticket, next(self._numbers), Rows(shard, page[part], offset[part]), data[part], last)
+            self._pieces.setdefault((key.group, key.tensor), collections.deque()).append(piece)
+            self._pending[held.ticket] += 1
 
     def drop(self, ticket: str) -> None:
         """Forgets what has not been scattered of a ticket."""
-        dropped = [piece for piece in self._pieces if piece.held.ticket == ticket]
-        self._pieces = collections.deque(piece for piece in self._pieces if piece.held.ticket != ticket)
+        dropped = [piece for pieces in self._pieces.values() for piece in pieces if piece.ticket == ticket]
+        kept = {pool: collections.deque(p for p in pieces if p.ticket != ticket) for pool, pieces in self._pieces.items()}
+        self._pieces = {pool: pieces for pool, pieces in kept.items() if pieces}
         del self._pending[ticket]
         for piece in dropped:
             if piece.done is not None:
@@ -90,36 +92,51 @@ class Received:
         """Dispatches scatters until `budget` bytes are used up (None: all); the tickets that nothing is pending of any more."""
         through = []
         while self._pieces and (budget is None or budget > 0):
-            piece = self._pieces[0]
-            key, data = piece.key, self._padded(piece)
-            fence = self._runner.ingest(key.group, key.tensor, key.layers[0], data, self._plan(piece))
-            self._pieces.popleft()  # not earlier: if the scatter cannot be dispatched, the failure must still release the block
-            if piece.done is not None:
-                self._fences.append((fence, piece.done))
+            pool = min(self._pieces, key=lambda p: self._pieces[p][0].number)
+            pieces = self._together(pool)
+            data = self._joined(pool, pieces)
+            fence = self._runner.ingest(*pool, data, plan_ingest([p.rows for p in pieces], len(data), self._runner.shards))
+            # Not earlier: if the scatter cannot be dispatched, the failure must still release the blocks.
+            for _ in pieces:
+                self._pieces[pool].popleft()
+            if not self._pieces[pool]:
+                del self._pieces[pool]
+            self._fences.extend((fence, piece.done) for piece in pieces if piece.done is not None)
             if budget is not None:
                 budget -= data.nbytes
-            ticket = piece.held.ticket
-            self._pending[ticket] -= 1
-            if not self._pending[ticket]:
-                del self._pending[ticket]
-                through.append(ticket)
+            for piece in pieces:
+                self._pending[piece.ticket] -= 1
+                if not self._pending[piece.ticket]:
+                    del self._pending[piece.ticket]
+                    through.append(piece.ticket)
         return through
 
-    def _padded(self, piece: _Piece) -> np.ndarray:
-        size = self._runner.ingest_tokens(piece.key.group)
-        layers, tokens, *rest = piece.data.shape
-        if tokens == size:
-            return piece.data
-        data = np.zeros((layers, size, *rest), piece.data.dtype)
-        data[:, :tokens] = piece.data
-        return data
+    def _together(self, pool: _Pool) -> list[_Piece]:
+        """A pool's first pieces, as many as one scatter takes."""
+        most, taken, rows = self._runner.ingest_sizes(pool[0])[-1], [], 0
+        for piece in self._pieces[pool]:
+            rows += len(piece.data)
+            if rows > most:
+                break
+            taken.append(piece)
+        return taken
 
-    def _plan(self, piece: _Piece) -> IngestPlan:
-        runner, held, key = self._runner, piece.held, piece.key
-        cache, size = runner.spec.groups[key.group].cache, runner.ingest_tokens(key.group)
-        if cache.kind == "paged":
-            return plan_ingest(held.pages, runner.geometry.page_size, key.tokens, size, held.shard, runner.shards)
-        return plan_ring(held.slot, cache.window or 1, key.tokens, size, held.shard, runner.shards)
+    def _joined(self, pool: _Pool, pieces: list[_Piece]) -> np.ndarray:
+        """Rows of the smallest size that takes them: as they lie if they fill it, otherwise copied and padded with zeros."""
+        count = sum(len(piece.data) for piece in pieces)
+        size = next(size for size in self._runner.ingest_sizes(pool[0]) if size >= count)
+        first = pieces[0].data
+        if len(first) == size:
+            return first
+        padding = np.zeros((size - count, *first.shape[1:]), first.dtype)
+        return np.concatenate([*(piece.data for piece in pieces), padding])
+
+    def _addresses(self, held: Reservation, key: SegmentKey) -> Rows:
+        runner, cached = self._runner, self._runner.spec.groups[key.group]
+        per_layer = runner.geometry.per_layer(cached)
+        if cached.cache.kind == "paged":
+            return paged_rows(held.pages, per_layer, runner.geometry.page_size, key.layers, key.tokens, held.shard)
+        return slot_rows(held.slot, per_layer, cached.cache.window or 1, key.layers, key.tokens, held.shard)
 
     def release(self, wait: bool) -> None:
         """Gives blocks back whose scatters are done; `wait` for all of them."""
@@ -136,7 +153,7 @@ class Received:
                 jax.block_until_ready(fence)
             except Exception as error:  # whatever XLA raises: the requests fail anyway, and a scatter that failed reads nothing
                 logging.warning("a scatter of received KV failed: %s", error)
-        releases = [piece.done for piece in self._pieces if piece.done] + [done for _, done in self._fences]
+        releases = [piece.done for pieces in self._pieces.values() for piece in pieces if piece.done] + [done for _, done in self._fences]
         for container in (self._fences, self._pieces, self._pending):
             container.clear()
         for done in releases:

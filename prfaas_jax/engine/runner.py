@@ -1,6 +1,6 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, get_args
 
 import jax
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.options import EngineOptions
-from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_prefill, plan_ring
+from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_ingest, plan_prefill
 from prfaas_jax.engine.steps import Drawn, Part, Steps
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
@@ -26,6 +26,9 @@ from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
 _CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+
+# A scatter of the smaller size takes this part of the rows of the larger one: a single block of few layers is not padded to all of them.
+_SMALL_INGEST = 8
 
 
 def choose_implementations(config: ModelConfig, options: EngineOptions, platform: str) -> tuple[str | None, ...]:
@@ -78,11 +81,20 @@ class Runner:
         self.platform = self.mesh.devices.flat[0].platform
         self.geometry = pool_geometry(self.spec, options, spec.data)
         implementations = choose_implementations(config, options, self.platform)
-        self.steps = Steps(config, self.mesh, options.attention, self.geometry, implementations)
+        self.steps = Steps(config, self.mesh, options.attention, self.geometry, implementations, self._segments)
         self.prefill_buckets = prefill_buckets(options.chunk, max(options.max_prefill_rows, self.shards), self.shards)
         self.decode_buckets = decode_buckets(options.max_rows, self.shards)
         self.reset_pools()
         self._warm_count: int | None = None
+
+    @property
+    def _segments(self) -> int | None:
+        """Pieces of a prefill step, None for as many as suit the model.
+
+        On a CPU every program converts the bfloat16 weights and pools that it touches to float32, whole, so there one is best.
+        """
+        widened = self.platform == "cpu" and self.config.dtype == "bfloat16"
+        return 1 if self.options.segments is None and widened else self.options.segments
 
     @property
     def _shard(self) -> Sharder:
@@ -95,41 +107,47 @@ class Runner:
 
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 
-    def prefill(self, plan: PrefillPlan, export: Collection[CacheKind] = ()) -> tuple[Drawn, tuple[Part, ...]]:
-        """Runs a prefill step; returns what was drawn and what is new, kinds in `export` on their way to the host."""
-        self.pools, drawn, parts = self.steps.run_prefill(self.params, self.pools, plan)
-        return drawn, tuple(Part(self._to_host(part.new, export), part.layers) for part in parts)
+    def prefill(
+        self, plan: PrefillPlan, export: Collection[CacheKind] = (), dispatched: Callable[[], None] = lambda: None
+    ) -> tuple[Drawn, tuple[Part, ...]]:
+        """Runs a prefill step; returns what was drawn and what is new, kinds in `export` on their way to the host.
+
+        `dispatched` is called after every part: a device takes only so many programs in advance, so dispatch may have waited.
+        """
+        parts: list[Part] = []
+
+        def take(part: Part) -> None:
+            parts.append(Part(self._to_host(part.new, export), part.layers))
+            dispatched()
+
+        self.pools, drawn = self.steps.run_prefill(self.params, self.pools, plan, take)
+        return drawn, tuple(parts)
 
     def decode(self, plan: DecodePlan) -> Drawn:
         """Runs a decode step."""
         self.pools, drawn = self.steps.decode(self.params, self.pools, plan)
         return drawn
 
-    def ingest_tokens(self, group: int) -> int:
-        """Tokens of one ingested block of a group: what `ingest` takes, padding included."""
-        cache = self.spec.groups[group].cache
-        match cache.kind:
-            case "paged":
-                return self.options.ingest_tokens
-            case "window":
-                assert cache.window is not None
-                return min(self.options.ingest_tokens, cache.window)
-            case "state":
-                return 1
+    def ingest_sizes(self, group: int) -> tuple[int, ...]:
+        """How many rows the scatters of a group take, ascending: one of the largest size has `ingest_tokens` tokens of all layers.
 
-    def ingest_layers(self, group: int) -> int:
-        """Layers of one ingested block of a group: all, or one at a time for states, which are large."""
+        States are large and go one layer at a time.
+        """
         cached = self.spec.groups[group]
-        return 1 if cached.cache.kind == "state" else len(cached.layers)
+        if cached.cache.kind == "state":
+            return (1,)
+        tokens = min(self.options.ingest_tokens, cached.cache.window or self.options.ingest_tokens)
+        rows = tokens * len(cached.layers)
+        return tuple(sorted({-(-rows // _SMALL_INGEST), rows}))
 
-    def ingest(self, group: int, tensor: int, first_layer: int, block: np.ndarray, plan: IngestPlan) -> jax.Array:
-        """Scatters a received block [layers, tokens, heads, width] of one tensor, sized as `ingest_layers` and `ingest_tokens` say.
+    def ingest(self, group: int, tensor: int, rows: np.ndarray, plan: IngestPlan) -> jax.Array:
+        """Scatters received rows [R, heads, width] of one tensor, R being one of `ingest_sizes`.
 
-        `block` may be reused when the returned fence is ready.
+        `rows` may be reused when the returned fence is ready.
         """
         old = self.pools[group][tensor]
-        data = block.view(old.dtype) if block.dtype != old.dtype else block
-        pool, fence = self.steps.ingest(group, tensor)(old, data, plan, np.int32(first_layer))
+        data = rows.view(old.dtype) if rows.dtype != old.dtype else rows
+        pool, fence = self.steps.ingest(group, tensor)(old, data, plan)
         tensors = tuple(pool if i == tensor else p for i, p in enumerate(self.pools[group]))
         self.pools = tuple(tensors if g == group else p for g, p in enumerate(self.pools))
         return fence
@@ -198,11 +216,10 @@ class Runner:
 
     def _warm_ingest(self) -> None:
         for g, group in enumerate(self.spec.groups):
-            size = self.ingest_tokens(g)
-            plan = plan_ring(0, 1, (0, 0), size, 0, self.shards)
-            for tensor, t in enumerate(group.cache.tensors):
-                block = np.zeros((self.ingest_layers(g), size, t.heads, t.width), _CARRIER[t.dtype])
-                jax.block_until_ready(self.ingest(g, tensor, 0, block, plan))
+            for size in self.ingest_sizes(g):
+                for tensor, t in enumerate(group.cache.tensors):
+                    rows = np.zeros((size, t.heads, t.width), _CARRIER[t.dtype])
+                    jax.block_until_ready(self.ingest(g, tensor, rows, plan_ingest([], size, self.shards)))
 
     def compiles_after_warmup(self) -> int:
         """XLA compilations in this process since `warmup` ended; 0 before it."""

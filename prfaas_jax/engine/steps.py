@@ -3,13 +3,12 @@
 Inside a step the pools are read-only; after the layers one scatter per tensor writes what is new into the donated pools, and those same
 new arrays are what prefill exports. See engine/caches.py for what happens in between.
 
-A prefill step of a model with states runs as several programs: head, equal segments of the body, tail. A layer's state is final once the
-layer has run a prompt's last chunk, so it leaves while the next segment computes.
+A prefill step whose cache is to leave runs as several programs: embedding, pieces of the stack, and an end that draws and writes. What a
+piece adds leaves while the next one computes.
 """
 
 import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.models import params as model_params
 from prfaas_jax.models.caching import Added, Step
 from prfaas_jax.models.config import ModelConfig
+from prfaas_jax.models.pattern import PIECES, Piece, Program, cut, whole
 from prfaas_jax.models.transformer import Transformer, island, join
 from prfaas_jax.ops.pool_write import write_pages, write_tokens
 from prfaas_jax.sharding import AttentionSharding, Mode, Sharder
@@ -52,6 +52,11 @@ class Part(NamedTuple):
     new: Added
     layers: tuple[range, ...]
 
+    @property
+    def ready(self) -> bool:
+        """Whether all of it is there, so that reading it does not wait."""
+        return all(array.is_ready() for array in jax.tree.leaves(self.new))
+
 
 def _after(index: Int[Array, "B ..."], token: Int[Array, " B"]) -> Int[Array, "B ..."]:
     """`index`, but not before `token` is drawn, so that pools are written when all layers have read them: otherwise XLA copies them first.
@@ -65,7 +70,8 @@ def _after(index: Int[Array, "B ..."], token: Int[Array, " B"]) -> Int[Array, "B
 class Steps:
     """Builds the programs of one model on one mesh.
 
-    `implementations` names the paged attention of each cache group, None where a group has none.
+    `implementations` names the paged attention of each cache group, None where a group has none. `pieces` is what a prefill step is cut
+    into at least (`pattern.cut`); None takes `PIECES`, 1 makes it one program.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class Steps:
         attention: AttentionSharding,
         geometry: PoolGeometry,
         implementations: tuple[str | None, ...],
+        pieces: int | None = None,
     ):
         self.config, self.geometry, self.implementations = config, geometry, implementations
         self.spec = cache_spec(config)
@@ -82,7 +89,7 @@ class Steps:
         self.graph, self.abstract_params = model_params.abstract(config)
         # TF32 and bf16 passes would break the float32 promises; bfloat16 models take the platform's fast path.
         self.precision = "highest" if config.dtype == "float32" else "default"
-        self.staged = any(group.cache.kind == "state" for group in self.spec.groups)
+        self.pieces: tuple[Piece, ...] = () if pieces == 1 else cut(config.pattern, config.body_runs, pieces or PIECES)
 
     # --- shardings ---------------------------------------------------------------------------------------------------------
 
@@ -129,95 +136,107 @@ class Steps:
     @functools.cached_property
     def prefill(self) -> Callable[[nnx.State, Pools, PrefillPlan], tuple[Pools, Drawn, Added]]:
         """(params, pools, plan) -> (pools, drawn, what the chunk added per group, see `new_axes`) as one program. Pools are donated."""
-        new = self._new_shardings(range(self.config.num_layers))
+        new = self._new_shardings()
         return self._jit(self._prefill, self._prefill_plan, (self.pool_formats, self._drawn(self.sharders["prefill"]), new))
 
     def _prefill(self, params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[Pools, Drawn, Added]:
         model, cache, step = self._prefill_step(params, pools, plan)
-        x, _, head = model.run_head(plan.tokens, step, ())
-        x, _, body = model.run_body(x, step, (), 0, self.config.pattern.repeats)
-        return self._finish(model, cache, step, plan, x, (head, body))[:3]
-
-    def run_prefill(self, params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[Pools, Drawn, tuple[Part, ...]]:
-        """Dispatches a prefill step as its engine runs it; the parts become ready one after another. Pools are donated."""
-        groups, pattern = self.spec.groups, self.config.pattern
-        if not self.staged:
-            pools, drawn, new = self.prefill(params, pools, plan)
-            return pools, drawn, (Part(new, tuple(range(len(g.layers)) for g in groups)),)
-        x, new = self.prefill_head(params, pools, plan)
-        added = [new]
-        for first in range(0, pattern.repeats, pattern.segment_repeats):
-            x, new = self.prefill_segment(params, pools, plan, x, np.int32(first))
+        x, added = model.embedded(plan.tokens, step), []
+        for piece in whole(self.config.pattern):
+            x, _, new = model.run(piece.program, x, step, (), piece.first)
             added.append(new)
-        pools, drawn, last = self.prefill_tail(params, pools, plan, x, tuple(added))
-        # Tokens leave with the tail, whole.
-        states = [tuple(n if g.cache.kind == "state" else () for g, n in zip(groups, new, strict=True)) for new in added]
-        return pools, drawn, tuple(map(Part, (*states, last), self._part_layers))
+        return self._finish(model, cache, plan, x, added)
 
-    @functools.cached_property
-    def _part_layers(self) -> tuple[tuple[range, ...], ...]:
-        """Per part of a prefill step, which layers of each group it hands out."""
-        pattern, groups = self.config.pattern, self.spec.groups
-        segment, tail = pattern.period * pattern.segment_repeats, pattern.head + pattern.body_layers
-        starts = [0, *range(pattern.head, tail, segment), tail]
-        parts = [[g.within(range(*ends)) for g in groups] for ends in itertools.pairwise([*starts, pattern.num_layers])]
-        parts[-1] = [range(len(g.layers)) if g.cache.kind != "state" else at for g, at in zip(groups, parts[-1], strict=True)]
-        return tuple(map(tuple, parts))
+    def run_prefill(self, params: nnx.State, pools: Pools, plan: PrefillPlan, taken: Callable[[Part], None]) -> tuple[Pools, Drawn]:
+        """Dispatches a prefill step as its engine runs it: as one program, or in `pieces`. Pools are donated.
 
-    @functools.cached_property
-    def prefill_head(self) -> Callable[[nnx.State, Pools, PrefillPlan], tuple[jax.Array, Added]]:
-        """(params, pools, plan) -> (residual stream, what the pattern's head added)."""
-
-        def prefill_head(params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[jax.Array, Added]:
-            model, _, step = self._prefill_step(params, pools, plan)
-            x, _, new = model.run_head(plan.tokens, step, ())
-            return self._between(x), new
-
-        return self._jit(prefill_head, self._prefill_plan, (None, self._new_shardings(range(self.config.pattern.head))), donate=())
-
-    @functools.cached_property
-    def prefill_segment(self) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, Any], tuple[jax.Array, Added]]:
-        """(params, pools, plan, residual stream, first repeat) -> (residual stream, what one segment of the body added)."""
-
-        def prefill_segment(params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, first: jax.Array) -> tuple[jax.Array, Added]:
-            model, _, step = self._prefill_step(params, pools, plan)
-            x, _, new = model.run_body(x, step, (), first, self.config.pattern.segment_repeats)
-            return self._between(x), new
-
-        pattern = self.config.pattern
-        new = self._new_shardings(range(pattern.head, pattern.head + pattern.period))
-        return self._jit(prefill_segment, self._prefill_plan, (None, new), donate=(3,), more=(None, None))
-
-    @functools.cached_property
-    def prefill_tail(self) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, tuple[Added, ...]], tuple[Pools, Drawn, Added]]:
-        """(params, pools, plan, residual stream, all that was added so far) -> (pools, drawn, new).
-
-        New are all layers' tokens, but only the tail's states. Pools are donated.
+        `taken` gets every part as soon as what computes it is dispatched. Parts become ready one after another, and no part's arrays
+        wait for a later part.
         """
+        groups = self.spec.groups
+        if not self.pieces:
+            pools, drawn, new = self.prefill(params, pools, plan)
+            taken(Part(new, tuple(range(len(g.layers)) for g in groups)))
+            return pools, drawn
+        x = self.prefill_embed(params, pools, plan)
+        added: list[Added] = []
+        for piece in self.pieces:
+            given = params, pools, plan, x, np.int32(piece.first)
+            layers = tuple(g.within(piece.layers) for g in groups)
+            if self._leaves_ahead(piece):
+                added.append(self.prefill_ahead(piece.program)(*given))
+                taken(Part(added[-1], layers))
+                x, _ = self.prefill_piece(piece.program)(*given)
+            else:
+                x, new = self.prefill_piece(piece.program)(*given)
+                added.append(new)
+                taken(Part(new, layers))
+        return self.prefill_end(params, pools, plan, x, tuple(added))
 
-        def prefill_tail(
-            params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, added: tuple[Added, ...]
-        ) -> tuple[Pools, Drawn, Added]:
-            model, cache, step = self._prefill_step(params, pools, plan)
-            pools, drawn, new, tail = self._finish(model, cache, step, plan, x, added)
-            states = (group.cache.kind == "state" for group in self.spec.groups)
-            return pools, drawn, tuple(t if state else n for n, t, state in zip(new, tail, states, strict=True))
+    def _leaves_ahead(self, piece: Piece) -> bool:
+        """Whether what a piece adds is computed once more in front of it: it is the last, and nothing behind it would hide its transfer.
 
-        pattern = self.config.pattern
-        new = self._new_shardings(range(pattern.head + pattern.body_layers, pattern.num_layers), all_tokens=True)
-        out = self.pool_formats, self._drawn(self.sharders["prefill"]), new
-        return self._jit(prefill_tail, self._prefill_plan, out, more=(None, None))
+        One layer's keys need little of it, neither attention nor MLP; a state needs most.
+        """
+        kinds = {g.cache.kind for g in self.spec.groups if g.within(piece.layers)}
+        return piece is self.pieces[-1] and len(piece.layers) == 1 and "state" not in kinds
+
+    @functools.cached_property
+    def prefill_embed(self) -> Callable[[nnx.State, Pools, PrefillPlan], jax.Array]:
+        """(params, pools, plan) -> residual stream in front of the first layer."""
+
+        def prefill_embed(params: nnx.State, pools: Pools, plan: PrefillPlan) -> jax.Array:
+            model, _, step = self._prefill_step(params, pools, plan)
+            return self._between(model.embedded(plan.tokens, step))
+
+        return self._jit(prefill_embed, self._prefill_plan, None, donate=())
+
+    @functools.cache  # noqa: B019 - one Steps per engine, a handful of programs
+    def prefill_piece(self, program: Program) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, Any], tuple[jax.Array, Added]]:
+        """(params, pools, plan, residual stream, `Piece.first`) -> (residual stream, what the piece added)."""
+
+        def prefill_piece(params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, first: jax.Array) -> tuple[jax.Array, Added]:
+            model, _, step = self._prefill_step(params, pools, plan)
+            x, _, new = model.run(program, x, step, (), first)
+            return self._between(x), new
+
+        out = None, self._new_shardings(program)
+        return self._jit(prefill_piece, self._prefill_plan, out, donate=(3,), more=(None, None))
+
+    @functools.cache  # noqa: B019 - one Steps per engine, one program
+    def prefill_ahead(self, program: Program) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, Any], Added]:
+        """(params, pools, plan, residual stream, `Piece.first`) -> what the piece adds, and nothing that only its residual stream needs."""
+
+        def prefill_ahead(params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, first: jax.Array) -> Added:
+            model, _, step = self._prefill_step(params, pools, plan)
+            return model.run(program, x, step, (), first)[2]
+
+        return self._jit(prefill_ahead, self._prefill_plan, self._new_shardings(program), donate=(), more=(None, None))
+
+    @functools.cached_property
+    def prefill_end(self) -> Callable[[nnx.State, Pools, PrefillPlan, jax.Array, tuple[Added, ...]], tuple[Pools, Drawn]]:
+        """(params, pools, plan, residual stream, what each piece added) -> (pools, drawn). Pools are donated."""
+
+        def prefill_end(params: nnx.State, pools: Pools, plan: PrefillPlan, x: jax.Array, added: tuple[Added, ...]) -> tuple[Pools, Drawn]:
+            model, cache, _ = self._prefill_step(params, pools, plan)
+            return self._finish(model, cache, plan, x, added)[:2]
+
+        out = self.pool_formats, self._drawn(self.sharders["prefill"])
+        return self._jit(prefill_end, self._prefill_plan, out, more=(None, None))
 
     @property
     def _prefill_plan(self) -> PrefillPlan:
         row, wide, sampling = self._rows(self.sharders["prefill"])
         return PrefillPlan(wide, row, row, wide, row, row, sampling)
 
-    def _new_shardings(self, layers: range, all_tokens: bool = False) -> Any:
-        """Of what `layers` add, or (`all_tokens`) of their states and of all layers' tokens."""
-        shard, groups = self.sharders["prefill"], self.spec.groups
-        there = (bool(g.within(layers)) or (all_tokens and g.cache.kind != "state") for g in groups)
-        return tuple(tuple(shard(*new_axes(g, t)) for t in g.cache.tensors) if has else () for g, has in zip(groups, there, strict=True))
+    def _new_shardings(self, program: Program | None = None) -> Any:
+        """Of what a piece adds; None means all layers."""
+        layers = range(self.config.num_layers) if program is None else next(p.layers for p in self.pieces if p.program == program)
+        shard = self.sharders["prefill"]
+        return tuple(
+            tuple(shard(*new_axes(group, tensor)) for tensor in group.cache.tensors) if group.within(layers) else ()
+            for group in self.spec.groups
+        )
 
     def _prefill_step(self, params: nnx.State, pools: Pools, plan: PrefillPlan) -> tuple[Transformer, PrefillCache, Step]:
         shard = self.sharders["prefill"]
@@ -231,17 +250,16 @@ class Steps:
         return shard.constrain(x, "batch", "seq" if x.shape[1] % shard.size("seq") == 0 else None, "embed")
 
     def _finish(
-        self, model: Transformer, cache: PrefillCache, step: Step, plan: PrefillPlan, x: jax.Array, added: tuple[Added, ...]
-    ) -> tuple[Pools, Drawn, Added, Added]:
-        """The tail, what is drawn, the pools with all that was added; returns (pools, drawn, all that was added, the tail's)."""
-        hidden, _, tail = model.run_tail(x, step, ())
+        self, model: Transformer, cache: PrefillCache, plan: PrefillPlan, x: jax.Array, added: Sequence[Added]
+    ) -> tuple[Pools, Drawn, Added]:
+        """Behind the last layer: the pools with all that was added, what is drawn, and what was added as one."""
         # A GPU would fuse it with the write, and what it read of a pool with that.
-        new = jax.lax.optimization_barrier(join((*added, tail)))
+        new = jax.lax.optimization_barrier(join(added))
         last = jnp.maximum(plan.valid - 1, 0)[:, None, None]
-        logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+        logits = model.logits(jnp.take_along_axis(model.final_norm(x), last, axis=1)[:, 0])
         token, logprob = sample(logits, plan.sampling, plan.start + plan.valid)
         cache.plan = plan._replace(table=_after(plan.table, token), write_slot=_after(plan.write_slot, token))
-        return cache.write(new), Drawn(token, logprob, logits), new, tail
+        return cache.write(new), Drawn(token, logprob, logits), new
 
     # --- decode --------------------------------------------------------------------------------------------------------------
 
@@ -266,33 +284,28 @@ class Steps:
     # --- ingest --------------------------------------------------------------------------------------------------------------
 
     @functools.cache  # noqa: B019 - one Steps per engine, a handful of tensors
-    def ingest(self, group: int, tensor: int) -> Callable[[jax.Array, Any, IngestPlan, Any], tuple[jax.Array, jax.Array]]:
-        """(pool, block [Lb, R, heads, width], plan, first layer of the block) -> (pool, fence), for one tensor.
+    def ingest(self, group: int, tensor: int) -> Callable[[jax.Array, Any, IngestPlan], tuple[jax.Array, jax.Array]]:
+        """(pool, rows [R, heads, width], plan) -> (pool, fence), for one tensor; a row is one layer's token, or state.
 
-        The pool is donated; a ready fence means the block was read.
+        The pool is donated; a ready fence means the rows were read.
         """
         shard, cached = self.sharders["decode"], self.spec.groups[group]
         spec = cached.cache.tensors[tensor]
         axis = None if spec.shared else f"{heads_axis(spec)}/{spec.heads}"
-        block, address, scalar = shard(None, None, axis, None), shard("pages", None), NamedSharding(shard.mesh, PartitionSpec())
-        per_layer = self.geometry.per_layer(cached)
+        rows, address = shard(None, axis, None), shard("pages", None)
 
-        def local(pool: jax.Array, block: jax.Array, page: jax.Array, offset: jax.Array, first: jax.Array) -> jax.Array:
+        def local(pool: jax.Array, rows: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+            # As one layer of the whole pool: the pages of a plan are the pool's.
             if cached.cache.kind == "state":
-                return write_pages(pool, block, page[0], pages_per_layer=per_layer, first_layer=first)
-            return write_tokens(pool, block, page[0], offset[0], pages_per_layer=per_layer, first_layer=first)
+                return write_pages(pool, rows[None], page[0], pages_per_layer=pool.shape[1])
+            return write_tokens(pool, rows[None], page[0], offset[0], pages_per_layer=pool.shape[1])
 
-        axes = (pool_axes(spec), (None, None, heads_axis(spec), None), ("pages", None), ("pages", None), ())
+        axes = (pool_axes(spec), (None, heads_axis(spec), None), ("pages", None), ("pages", None))
         run = island(shard)(local, axes, pool_axes(spec))
 
-        def ingest(pool: jax.Array, block: jax.Array, plan: IngestPlan, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-            placed = block if spec.shared else shard.spread(block, spec.heads, axis=2)
-            return run(pool, placed, plan.page, plan.offset, first), plan.page[0, 0] + 0
+        def ingest(pool: jax.Array, rows: jax.Array, plan: IngestPlan) -> tuple[jax.Array, jax.Array]:
+            placed = rows if spec.shared else shard.spread(rows, spec.heads, axis=1)
+            return run(pool, placed, plan.page, plan.offset), plan.page[0, 0] + 0
 
-        pool = self.pool_formats[group][tensor]
-        return jax.jit(
-            ingest,
-            donate_argnums=(0,),
-            in_shardings=(pool, block, IngestPlan(address, address), scalar),
-            out_shardings=(pool, scalar),
-        )
+        pool, fence = self.pool_formats[group][tensor], NamedSharding(shard.mesh, PartitionSpec())
+        return jax.jit(ingest, donate_argnums=(0,), in_shardings=(pool, rows, IngestPlan(address, address)), out_shardings=(pool, fence))

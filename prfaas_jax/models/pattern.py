@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
-# More segments let states leave earlier; each costs a dispatch.
-SEGMENTS = 4
+# Pieces that a step is cut into, if there are as many layers: what the last one adds to the cache is about all that no computation hides
+# from the network, and each costs a dispatch.
+PIECES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,6 @@ class Pattern:
     def body_layers(self) -> int:
         """Layers of all repeats."""
         return self.period * self.repeats
-
-    @property
-    def segment_repeats(self) -> int:
-        """Repeats of the body that run as one program where layers are to leave early: equal parts, `SEGMENTS` of them if there can be."""
-        most = max(1, self.repeats // SEGMENTS)
-        return max((n for n in range(1, most + 1) if self.repeats % n == 0), default=1)
 
 
 def fold(layers: Sequence[Hashable]) -> Pattern:
@@ -70,3 +65,86 @@ def runs(layers: Sequence[Hashable]) -> tuple[range, ...]:
     """Positions of consecutive equal layers; inside a body each run is compiled once."""
     edges = [i for i in range(len(layers) + 1) if i in (0, len(layers)) or layers[i] != layers[i - 1]]
     return tuple(range(start, stop) for start, stop in itertools.pairwise(edges))
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """Layers of a pattern's head or tail."""
+
+    layers: range
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """Whole repeats of a pattern's body, as many as `count`."""
+
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLayers:
+    """Layers of one run of a pattern's body within one repeat: `count` of those of run number `run`."""
+
+    run: int
+    count: int
+
+
+Program = Alone | Repeats | RunLayers
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Consecutive layers that are computed together.
+
+    Attributes:
+        layers: which of the stack.
+        program: what is compiled for them; equal pieces share it, so that compile time does not follow the depth.
+        first: where this piece's layers begin for that program: the repeat of the body, or the layer of the run counted over all repeats.
+    """
+
+    layers: range
+    program: Program
+    first: int = 0
+
+
+def whole(pattern: Pattern) -> tuple[Piece, ...]:
+    """Head, body and tail as one piece each, the empty ones left out."""
+    tail = pattern.head + pattern.body_layers
+    body = Piece(range(pattern.head, tail), Repeats(pattern.repeats))
+    pieces = (_alone(0, pattern.head), body, _alone(tail, pattern.num_layers))
+    return tuple(piece for piece in pieces if piece.layers)
+
+
+def cut(pattern: Pattern, body_runs: Sequence[range], pieces: int) -> tuple[Piece, ...]:
+    """A stack in at least `pieces` pieces as equal as its repetition allows, each layer by itself where there are not as many layers.
+
+    `body_runs` are the runs of the body's positions, see `runs`.
+    """
+    most = max(1, pattern.num_layers // pieces)
+    tail = pattern.head + pattern.body_layers
+    alone = lambda start, stop: [_alone(i, min(i + most, stop)) for i in range(start, stop, most)]  # noqa: E731
+    return (*alone(0, pattern.head), *_cut_body(pattern, body_runs, most), *alone(tail, pattern.num_layers))
+
+
+def _cut_body(pattern: Pattern, body_runs: Sequence[range], most: int) -> Iterator[Piece]:
+    """Pieces of at most `most` layers: several repeats, or parts of runs. Their sizes divide, so that each needs one program."""
+    head, period = pattern.head, pattern.period
+    if 0 < period <= most:
+        count = _largest_divisor(pattern.repeats, most // period)
+        for first in range(0, pattern.repeats, count):
+            yield Piece(range(head + first * period, head + (first + count) * period), Repeats(count), first)
+        return
+    for repeat in range(pattern.repeats):
+        for number, run in enumerate(body_runs):
+            count = _largest_divisor(len(run), most)
+            for i in range(0, len(run), count):
+                start = head + repeat * period + run.start + i
+                yield Piece(range(start, start + count), RunLayers(number, count), repeat * len(run) + i)
+
+
+def _alone(start: int, stop: int) -> Piece:
+    return Piece(range(start, stop), Alone(range(start, stop)))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)

@@ -8,12 +8,12 @@ the `Cache` that it is given.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from prfaas_jax.kvcache.spec import cache_spec
 from prfaas_jax.models.caching import Added, Cache, Island, New, Place, Step
@@ -22,6 +22,7 @@ from prfaas_jax.models.layer_config import AttentionConfig, LatentConfig, Layer,
 from prfaas_jax.models.mixers import make_mixer
 from prfaas_jax.models.mlp import UNSLICED, make_mlp
 from prfaas_jax.models.modules import Maker, RMSNorm
+from prfaas_jax.models.pattern import Alone, Program, Repeats, RunLayers, whole
 from prfaas_jax.models.rope import Tables, rope_tables
 from prfaas_jax.ops.thin_matmul import matmul_transposed
 from prfaas_jax.sharding import Sharder
@@ -79,14 +80,6 @@ class Block(nnx.Module):
         return (x if alpha == 1.0 else x * alpha) + (branch if beta == 1.0 else branch * beta)
 
 
-class _RunParts(NamedTuple):
-    """A block of the body: its structure, the weights that stay whole, and those that are sliced layer by layer."""
-
-    graph: Any
-    unsliced: PyTree
-    sliced: PyTree
-
-
 class Transformer(nnx.Module):
     """Token ids in, hidden states and what every layer adds to the cache out."""
 
@@ -113,81 +106,75 @@ class Transformer(nnx.Module):
         [L, B, T, heads, width] or states [L, B, heads, width]. Those are what is cached and exported.
         """
         step = self.step(positions, cache, shard)
-        x, carry, head = self.run_head(tokens, step, carry)
-        x, carry, body = self.run_body(x, step, carry, 0, self.config.pattern.repeats)
-        hidden, carry, tail = self.run_tail(x, step, carry)
-        return hidden, carry, join((head, body, tail))
+        x, added = self.embedded(tokens, step), []
+        for piece in whole(self.config.pattern):
+            x, carry, new = self.run(piece.program, x, step, carry, piece.first)
+            added.append(new)
+        return self.final_norm(x), carry, join(added)
 
-    # The parts of a forward pass, in order; a caller that wants layers' caches early runs the body in several parts.
+    # The parts of a forward pass: `step`, `embedded`, `run` for every piece in order, `final_norm`.
 
     def step(self, positions: Int[Array, "B T"], cache: Cache, shard: Sharder) -> Step:
         """What the parts of one forward pass share."""
         return Step(cache, shard, island(shard), self._rope(positions))
 
-    def run_head(self, tokens: Int[Array, "B T"], step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, Added]:
-        """Embedding and the pattern's head."""
+    def embedded(self, tokens: Int[Array, "B T"], step: Step) -> Float[Array, "B T D"]:
+        """The residual stream in front of the first layer."""
         x = jnp.take(self.embed[...], tokens, axis=0)
         if self.config.embed_scale != 1.0:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        return self._alone(self.head, 0, step.shard.constrain(x, "batch", "seq", "embed"), step, carry)
+        return step.shard.constrain(x, "batch", "seq", "embed")
 
-    def run_tail(self, x: Float[Array, "B T D"], step: Step, carry: Any) -> tuple[Float[Array, "B T D"], Any, Added]:
-        """The pattern's tail and the final norm."""
-        pattern = self.config.pattern
-        x, carry, new = self._alone(self.tail, pattern.head + pattern.body_layers, x, step, carry)
-        return self.final_norm(x), carry, new
+    def run(
+        self, program: Program, x: Float[Array, "B T D"], step: Step, carry: Any, first: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], Any, Added]:
+        """One piece of the stack; `first` (`Piece.first`) may be traced. Returns as `__call__`, without the final norm."""
+        match program:
+            case Alone(layers):
+                return self._run_alone(layers, x, step, carry)
+            case Repeats(count):
+                return self._run_repeats(count, x, step, carry, first)
+            case RunLayers(run, count):
+                return self._run_layers(run, count, x, step, carry, first)
 
-    def _alone(self, blocks: nnx.List, first: int, x: jax.Array, step: Step, carry: Any) -> tuple[jax.Array, Any, Added]:
+    def _run_alone(self, layers: range, x: jax.Array, step: Step, carry: Any) -> tuple[jax.Array, Any, Added]:
         places = _Places(self.config)
+        first_tail = self.config.pattern.head + self.config.pattern.body_layers
         news: list[list[New]] = [[] for _ in places.groups]
-        for layer, block in enumerate(blocks, first):
+        for layer in layers:
             place = places.at(layer)
+            block = self.head[layer] if layer < first_tail else self.tail[layer - first_tail]
             x, carry, new = block(x, place, step, carry)
             news[place.group].append(tuple(n[None] for n in new))
         return x, carry, tuple(map(_concatenate, news))
 
-    def run_body(
-        self, x: Float[Array, "B T D"], step: Step, carry: Any, first: Int[Array, ""] | int, repeats: int
-    ) -> tuple[Float[Array, "B T D"], Any, Added]:
-        """`repeats` repeats of the body from `first` on, which may be traced, as one scan."""
+    def _run_repeats(self, count: int, x: jax.Array, step: Step, carry: Any, first: Int[Array, ""] | int) -> tuple[jax.Array, Any, Added]:
+        """`count` repeats of the body from `first` on, as one scan."""
         places = _Places(self.config)
-        if not repeats:
-            return x, carry, ((),) * len(places.groups)
-        x, carry, by_run = self._scan(x, places, step, carry, first, repeats)
+        body_runs = [_Run(self, places, step, number) for number in range(len(self.body))]
+
+        def body(state: tuple[jax.Array, Any], repeat: jax.Array) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
+            news = []
+            for run in body_runs:
+                state, new = run(state, repeat, 0, run.layers)
+                news.append(new)
+            return state, tuple(news)
+
+        (x, carry), by_run = jax.lax.scan(body, (x, carry), first + jnp.arange(count))
         members = places.body_groups()
         by_group = ([by_run[r] for r in members.get(g, ())] for g in range(len(places.groups)))
         return x, carry, tuple(tuple(map(_in_depth_order, zip(*news, strict=True))) for news in by_group)
 
-    def _scan(
-        self, x: jax.Array, places: "_Places", step: Step, carry: Any, first: Int[Array, ""] | int, repeats: int
-    ) -> tuple[jax.Array, Any, tuple[New, ...]]:
-        """Returns per run of the body its new tensors [repeats, layers of the run, ...]."""
-        parts = [_RunParts(*nnx.split(block, UNSLICED, ...)) for block in self.body]
-        runs = self.config.body_runs
-
-        def once(number: int, repeat: jax.Array, i: jax.Array | int, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
-            graph, unsliced, sliced = parts[number]
-            place = places.in_body(number, repeat, i)
-            # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
-            mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place.in_run, keepdims=False), sliced)
-            x, carry, new = nnx.merge(graph, unsliced, mine)(state[0], place, step, state[1])
-            return (x, carry), new
-
-        def run_layers(number: int, repeat: jax.Array, state: tuple[jax.Array, Any]) -> tuple[Any, New]:
-            if len(runs[number]) == 1:
-                state, new = once(number, repeat, 0, state)
-                return state, tuple(n[None] for n in new)
-            return jax.lax.scan(lambda state, i: once(number, repeat, i, state), state, jnp.arange(len(runs[number])))
-
-        def body(state: tuple[jax.Array, Any], repeat: jax.Array) -> tuple[tuple[jax.Array, Any], tuple[New, ...]]:
-            news = []
-            for number in range(len(runs)):
-                state, new = run_layers(number, repeat, state)
-                news.append(new)
-            return state, tuple(news)
-
-        (x, carry), news = jax.lax.scan(body, (x, carry), first + jnp.arange(repeats))
-        return x, carry, news
+    def _run_layers(
+        self, number: int, count: int, x: jax.Array, step: Step, carry: Any, first: Int[Array, ""] | int
+    ) -> tuple[jax.Array, Any, Added]:
+        """`count` layers of a run, all of one repeat; `first` counts the run's layers in all repeats."""
+        places = _Places(self.config)
+        run = _Run(self, places, step, number)
+        repeat, i = jnp.divmod(first, run.layers)
+        (x, carry), new = run((x, carry), repeat, i, count)
+        group = places.group_of_run(number)
+        return x, carry, tuple(new if g == group else () for g in range(len(places.groups)))
 
     def _rope(self, positions: Int[Array, "B T"]) -> dict[tuple[Rope, int], Tables]:
         """One table per rotary embedding that some layer uses."""
@@ -243,9 +230,39 @@ class _Places:
         in_run = repeat * len(self.runs[run]) + i
         return Place(group, index + repeat * stride + i, first + repeat * self.pattern.period + i, in_run)
 
+    def group_of_run(self, run: int) -> int:
+        return self._of[self.pattern.head + self.runs[run].start][0]
+
     def body_groups(self) -> dict[int, list[int]]:
         """Group -> runs of the body that belong to it."""
         found: dict[int, list[int]] = {}
-        for number, run in enumerate(self.runs):
-            found.setdefault(self._of[self.pattern.head + run.start][0], []).append(number)
+        for number in range(len(self.runs)):
+            found.setdefault(self.group_of_run(number), []).append(number)
         return found
+
+
+class _Run:
+    """A run of equal layers of the body: `layers` of them in each repeat."""
+
+    def __init__(self, model: Transformer, places: _Places, step: Step, number: int):
+        self._places, self._step, self._number = places, step, number
+        self.layers = len(places.runs[number])
+        # Structure, the weights that stay whole, and those that are sliced layer by layer.
+        split: tuple[Any, ...] = nnx.split(model.body[number], UNSLICED, ...)
+        self._graph, self._unsliced, self._sliced = split
+
+    def __call__(
+        self, state: tuple[jax.Array, Any], repeat: jax.Array, first: jax.Array | int, count: int
+    ) -> tuple[tuple[jax.Array, Any], New]:
+        """Layers [first, first + count) of a repeat; returns (residual stream, carry) and the new tensors [count, ...]."""
+        if count == 1:
+            state, new = self._layer(state, repeat, first)
+            return state, tuple(n[None] for n in new)
+        return jax.lax.scan(lambda state, i: self._layer(state, repeat, i), state, first + jnp.arange(count))
+
+    def _layer(self, state: tuple[jax.Array, Any], repeat: jax.Array, i: jax.Array | int) -> tuple[tuple[jax.Array, Any], New]:
+        place = self._places.in_body(self._number, repeat, i)
+        # Sliced out of the whole run's weights: a slice of a slice would copy every weight twice.
+        mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place.in_run, keepdims=False), self._sliced)
+        x, carry, new = nnx.merge(self._graph, self._unsliced, mine)(state[0], place, self._step, state[1])
+        return (x, carry), new

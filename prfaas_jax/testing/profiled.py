@@ -200,6 +200,7 @@ class ProfiledPrefillEngine:
         for tokens in aligned_blocks((0, length), self._chunk):
             if end := self._interrupted(job, started + self._seconds(tokens[1])):
                 return end
+            computed = time.monotonic()
             for key in self._keys(tokens, length):
                 block = profiled_block(self.spec, key, job.prompt, self._seed)
                 sink(SegmentReady(Segment(key, block.data)))
@@ -208,7 +209,7 @@ class ProfiledPrefillEngine:
             with self._changed:
                 self._tokens_prefilled += tokens[1] - tokens[0]
             sink(PrefillProgress(tokens[1]))
-        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, time.monotonic() - started)
+        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, computed - started, computed)
 
     def _interrupted(self, job: Job, until: float) -> Event | None:
         """Waits until a time of the monotonic clock; the job's last event when it was cancelled or the engine closed meanwhile."""

@@ -1,7 +1,8 @@
 """Models of several cache kinds through both engines: what leaves is what stays, and it decodes like a local prefill, bit by bit."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection, Iterator
 
 import jax
 import numpy as np
@@ -24,11 +25,13 @@ from engine_harness import (
     run_remote,
 )
 
-from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, PrefillDone, SamplingParams, SegmentReady, Token
+from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, PrefillDone, PrefillProgress, SamplingParams, SegmentReady, Token
 from prfaas_jax.engine.plan import PrefillInput, plan_prefill
 from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.steps import Drawn, Part
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.spec import CacheKind
 from prfaas_jax.transfer.coverage import Coverage
 
 # Windows of 24 beside full layers; gated delta states beside attention. Compiling the others takes minutes.
@@ -67,30 +70,66 @@ def test_nothing_compiles_after_warm_up(hybrid: Runner) -> None:
         assert decodes.status().compiles_after_warmup == 0
 
 
-def test_states_leave_layer_by_layer_in_front_of_the_last_chunks_tokens(states: Runner) -> None:
+def test_what_stays_leaves_layer_by_layer_within_a_chunk(hybrid: Runner) -> None:
+    """Tokens with every chunk, states with the last one, each with its own layer."""
     sink, length = Recorder(), 2 * CHUNK + 5
-    with prefill_worker(states) as prefills:
+    with prefill_worker(hybrid) as prefills:
         prefills.submit(job("a", length), sink)
         sink.wait(PrefillDone)
-    keys = [event.segment.key for event in sink.of(SegmentReady)]
-    is_state = [states.spec.groups[key.group].cache.kind == "state" for key in keys]
-    layers = [key.layers for key, state in zip(keys, is_state, strict=True) if state]
-    assert layers == sorted(layers) and set(layers) == {(0, 3), (3, 6)}, "three layers in each of two repeats"
-    tokens = [i for i, key in enumerate(keys) if key.tokens[1] == length and not is_state[i]]
-    assert max(i for i, state in enumerate(is_state) if state) < min(tokens)
+    events = sink.of(SegmentReady, PrefillProgress)
+    ends = [i for i, event in enumerate(events) if isinstance(event, PrefillProgress)]
+    assert len(ends) == 3
+    for start, stop in zip([0, *(i + 1 for i in ends)], ends, strict=False):
+        keys = [event.segment.key for event in events[start:stop]]
+        depth = [hybrid.spec.groups[key.group].layers[key.layers[0]] for key in keys]
+        assert depth == sorted(depth)
+    everywhere = {i for key in keys for i in hybrid.spec.groups[key.group].layers[slice(*key.layers)]}
+    assert everywhere == set(range(hybrid.config.num_layers)), "the last chunk has something of every layer"
+    assert len(set(depth)) == len(hybrid.steps.pieces)
+
+
+def run_chunk(runner: Runner, export: Collection[CacheKind] = ()) -> tuple[Drawn, tuple[Part, ...]]:
+    """One chunk of one prompt through the first pages and the first slot."""
+    pages = np.arange(1, 5, dtype=np.int32)
+    plan = plan_prefill([PrefillInput(0, prompt(CHUNK), 0, CHUNK, pages, SamplingParams(), 1, 1)], 1, CHUNK, runner.geometry.width)
+    return runner.prefill(plan, export)
 
 
 def test_what_a_part_exports_needs_no_other_part(states: Runner) -> None:
     """A part that read another one's arrays would wait for layers that are still to run."""
-    plan = plan_prefill([PrefillInput(0, prompt(CHUNK), 0, CHUNK, np.arange(1, 5, dtype=np.int32), SamplingParams(), 1, 1)], 1, CHUNK, 64)
-    _, parts = states.prefill(plan, ["paged", "state"])
-    assert len(parts) == 4, "embedding, two repeats of the body, what comes after it"
-    for number in (1, 2):
-        others = [array for i, part in enumerate(parts) for array in jax.tree.leaves(part.new) if i > number]
-        for array in others:
+    _, parts = run_chunk(states, ["paged", "state"])
+    assert len(parts) == 8, "three layers of states and one of attention, twice"
+    for number in range(8):
+        jax.block_until_ready([part.new for part in parts])
+        assert all(part.ready for part in parts)
+        for array in [array for i, part in enumerate(parts) for array in jax.tree.leaves(part.new) if i != number]:
             array.delete()
-        assert {s.key.layers for s in states.export(parts[number], 0, 0, CHUNK, CHUNK)} == {(3 * number - 3, 3 * number)}
-        _, parts = states.prefill(plan, ["paged", "state"])
+        layers = [states.spec.groups[s.key.group].layers[slice(*s.key.layers)] for s in states.export(parts[number], 0, 0, CHUNK, CHUNK)]
+        assert set(layers) == {(number,)}
+        _, parts = run_chunk(states, ["paged", "state"])
+
+
+def test_a_step_in_parts_adds_draws_and_writes_what_one_program_does(hybrid: Runner) -> None:
+    """Bit by bit, but for the decays of lightning attention, which one program computes otherwise."""
+    tolerance = 1e-4 if hybrid.config.name == "lightning_toy" else 0
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
+    hybrid.reset_pools()
+    drawn, parts = run_chunk(hybrid)
+    written = [np.array(pool) for pools in hybrid.pools for pool in pools]
+    pieces, hybrid.steps.pieces = hybrid.steps.pieces, ()
+    try:
+        hybrid.reset_pools()
+        whole_drawn, (whole,) = run_chunk(hybrid)
+    finally:
+        hybrid.steps.pieces = pieces
+    assert len(parts) == len(pieces) > 1
+    same(drawn.logits, whole_drawn.logits)
+    for g, tensors in enumerate(whole.new):
+        for t, expected in enumerate(tensors):
+            same(np.concatenate([part.new[g][t] for part in parts if part.new[g]]), expected)
+        assert [i for part in parts for i in part.layers[g]] == list(whole.layers[g])
+    for got, expected in zip(written, (pool for pools in hybrid.pools for pool in pools), strict=True):
+        same(got, np.array(expected))
 
 
 def test_segments_are_what_stays_each_once(hybrid: Runner) -> None:

@@ -10,7 +10,7 @@ import pytest
 from configs.models import load_model_config
 from prfaas_jax.engine import caches
 from prfaas_jax.engine.api import SamplingParams
-from prfaas_jax.engine.plan import DecodeInput, PrefillInput, plan_decode, plan_ingest, plan_prefill, plan_ring
+from prfaas_jax.engine.plan import DecodeInput, PrefillInput, plan_decode, plan_ingest, plan_prefill
 from prfaas_jax.engine.steps import Steps
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools, pool_shapes, pool_shardings
 from prfaas_jax.kvcache.spec import cache_spec
@@ -36,7 +36,7 @@ def make_steps(pages: int, mesh: str = "data:1,model:1", model: str = DENSE) -> 
 def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
     """(temporary bytes, aliased bytes, bytes of the pools that the program is given), per device.
 
-    "prefill" is what the engine runs: of a model with states, several programs, of which one writes the pools.
+    "prefill" is all that the engine may run: the step as one program, and as several, of which one writes the pools.
     """
     shard, width = steps.sharders["decode"], steps.geometry.width
     data = shard.size("pages")
@@ -47,11 +47,9 @@ def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
         group = steps.spec.groups[0]
         tensor = group.cache.tensors[0]
         window = group.cache.window or 1
-        layers, tokens = {"paged": (len(group.layers), 64), "window": (len(group.layers), window), "state": (1, 1)}[group.cache.kind]
-        block = jax.ShapeDtypeStruct((layers, tokens, tensor.heads, tensor.width), jnp.dtype(tensor.dtype))
-        paged = plan_ingest(np.ones(4, np.int32), PAGE, (0, 64), 64, 0, data)
-        plan = paged if group.cache.kind == "paged" else plan_ring(1, window, (0, tokens), tokens, 0, data)
-        lowered = [steps.ingest(0, 0).lower(pools[0][0], block, plan, np.int32(0))]
+        rows = {"paged": 64, "window": window, "state": 1}[group.cache.kind] * (1 if group.cache.kind == "state" else len(group.layers))
+        block = jax.ShapeDtypeStruct((rows, tensor.heads, tensor.width), jnp.dtype(tensor.dtype))
+        lowered = [steps.ingest(0, 0).lower(pools[0][0], block, plan_ingest([], rows, data))]
         nbytes = nbytes[:1]
     elif program == "prefill":
         lowered = lower_prefill(steps, pools)
@@ -63,16 +61,15 @@ def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
 
 def lower_prefill(steps: Steps, pools: Pools) -> list[jax.stages.Lowered]:
     given = steps.abstract_params, pools, plan_prefill([], 2, 64, steps.geometry.width)
-    if not steps.staged:
-        return [steps.prefill.lower(*given)]
-    pattern = steps.config.pattern
-    x, head = steps.prefill_head.eval_shape(*given)
-    _, segment = steps.prefill_segment.eval_shape(*given, x, np.int32(0))
-    added = (head, *(segment,) * (pattern.repeats // pattern.segment_repeats))
+    x = steps.prefill_embed.eval_shape(*given)
+    runs = {piece.program: steps.prefill_piece(piece.program) for piece in steps.pieces}
+    added = tuple(runs[piece.program].eval_shape(*given, x, np.int32(0))[1] for piece in steps.pieces)
+    ahead = steps.prefill_ahead(steps.pieces[-1].program)
     return [
-        steps.prefill_head.lower(*given),
-        steps.prefill_segment.lower(*given, x, np.int32(0)),
-        steps.prefill_tail.lower(*given, x, added),
+        steps.prefill.lower(*given),
+        steps.prefill_embed.lower(*given),
+        *(run.lower(*given, x, np.int32(0)) for run in (*runs.values(), ahead)),
+        steps.prefill_end.lower(*given, x, added),
     ]
 
 

@@ -44,10 +44,14 @@ class NumpyRunner:
     class Geometry:
         page_size: int = PAGE
 
+        def per_layer(self, group: CacheGroup) -> int:
+            return PAGES if group.cache.kind == "paged" else SLOTS
+
     def __init__(self, ingest_tokens: int):
         self.spec, self.shards, self.geometry = SPEC, SHARDS, self.Geometry()
         self._tokens = ingest_tokens
         self.nbytes: list[int] = []
+        self.rows: list[int] = []
         self.fence = Fence()
         self.pools = {
             (g, t): np.zeros((tensor.heads, SHARDS * len(group.layers) * self.per_layer(g), self.page_tokens(g), tensor.width), np.float32)
@@ -56,29 +60,30 @@ class NumpyRunner:
         }
 
     def per_layer(self, group: int) -> int:
-        return PAGES if SPEC.groups[group].cache.kind == "paged" else SLOTS
+        return self.geometry.per_layer(SPEC.groups[group])
 
     def page_tokens(self, group: int) -> int:
         return {"paged": PAGE, "window": WINDOW, "state": 1}[SPEC.groups[group].cache.kind]
 
-    def ingest_tokens(self, group: int) -> int:
-        return {"paged": self._tokens, "window": min(self._tokens, WINDOW), "state": 1}[SPEC.groups[group].cache.kind]
+    def ingest_sizes(self, group: int) -> tuple[int, ...]:
+        cached = SPEC.groups[group]
+        if cached.cache.kind == "state":
+            return (1,)
+        rows = min(self._tokens, cached.cache.window or self._tokens) * len(cached.layers)
+        return tuple(sorted({-(-rows // 4), rows}))
 
-    def ingest_layers(self, group: int) -> int:
-        return 1 if SPEC.groups[group].cache.kind == "state" else len(SPEC.groups[group].layers)
-
-    def ingest(self, group: int, tensor: int, first_layer: int, block: np.ndarray, plan: IngestPlan) -> Fence:
+    def ingest(self, group: int, tensor: int, block: np.ndarray, plan: IngestPlan) -> Fence:
         t = SPEC.groups[group].cache.tensors[tensor]
-        assert block.shape == (self.ingest_layers(group), self.ingest_tokens(group), t.heads, t.width), "no program of this shape"
-        pool, layers, per_layer = self.pools[group, tensor], len(SPEC.groups[group].layers), self.per_layer(group)
+        assert len(block) in self.ingest_sizes(group) and block.shape[1:] == (t.heads, t.width), "no program of this shape"
+        assert plan.page.shape == plan.offset.shape == (SHARDS, len(block))
+        pool, per_shard = self.pools[group, tensor], len(SPEC.groups[group].layers) * self.per_layer(group)
         for shard in range(SHARDS):
-            for layer in range(block.shape[0]):
-                base = (shard * layers + first_layer + layer) * per_layer
-                real = plan.page[shard] > 0
-                places = list(zip(plan.page[shard][real].tolist(), plan.offset[shard][real].tolist(), strict=True))
-                assert len(set(places)) == len(places), "two tokens of one scatter meet in one place"
-                for page, offset, values in zip(plan.page[shard], plan.offset[shard], block[layer], strict=True):
-                    pool[:, base + page, offset] = values
+            real = plan.page[shard] > 0
+            places = list(zip(plan.page[shard][real].tolist(), plan.offset[shard][real].tolist(), strict=True))
+            assert len(set(places)) == len(places), "two rows of one scatter meet in one place"
+            for page, offset, values in zip(plan.page[shard], plan.offset[shard], block, strict=True):
+                pool[:, shard * per_shard + page, offset] = values
+        self.rows.append(len(block))
         self.nbytes.append(block.nbytes)
         return self.fence
 
@@ -95,12 +100,12 @@ class NumpyRunner:
 
 
 def random_blocks(rng: random.Random, length: int) -> list[tuple[SegmentKey, np.ndarray]]:
-    """A whole cache in blocks: any token cuts, states in any layer cuts, everything in any order."""
+    """A whole cache in blocks: any token cuts, any layer cuts, everything in any order."""
     blocks = []
     for g, group in enumerate(SPEC.groups):
         for t in range(len(group.cache.tensors)):
             layers = len(group.layers)
-            layer_step = rng.randint(1, layers) if group.cache.kind == "state" else layers
+            layer_step = rng.randint(1, layers)
             for tokens in aligned_blocks(group.cache.kept(length), rng.randint(1, 20)):
                 for layer_range in aligned_blocks((0, layers), layer_step):
                     key = SegmentKey(g, t, layer_range, tokens, (0, group.cache.tensors[t].heads))
@@ -141,6 +146,33 @@ def test_every_element_ends_at_its_place(lengths: list[int], ingest_tokens: int,
     assert elsewhere == 0, "something was written elsewhere too"
 
 
+def test_blocks_of_few_layers_take_about_as_many_scatters_as_whole_ones() -> None:
+    """What a prefill step hands out part by part waits here together."""
+    group = SPEC.groups[1]
+    scatters = []
+    for layers in (1, len(group.layers)):
+        runner, allocator = NumpyRunner(4), PageAllocator(PAGES, PAGE, SHARDS, SLOTS)
+        received = Received(runner)  # type: ignore[arg-type]
+        held = allocator.reserve("a", 40)
+        for part in aligned_blocks((0, len(group.layers)), layers):
+            key = SegmentKey(1, 0, part, group.cache.kept(40), (0, 2))
+            received.push(held, key, np.ones(key.shape(SPEC), np.float32), Done())
+        received.scatter(None)
+        received.release(wait=True)
+        scatters.append(runner.rows)
+    assert len(scatters[0]) <= len(scatters[1]) + 1
+
+
+def test_a_small_block_is_not_padded_to_the_largest_scatter() -> None:
+    runner = NumpyRunner(16)
+    received = Received(runner)  # type: ignore[arg-type]
+    key = SegmentKey(0, 0, (1, 2), (3, 6), (0, 2))
+    received.push(PageAllocator(PAGES, PAGE, SHARDS, SLOTS).reserve("a", 8), key, np.ones(key.shape(SPEC), np.float32), Done())
+    received.scatter(None)
+    received.release(wait=True)
+    assert runner.rows == [8] == [runner.ingest_sizes(0)[0]]
+
+
 def test_drop_gives_back_what_is_not_scattered_and_leaves_the_others() -> None:
     runner, allocator = NumpyRunner(4), PageAllocator(PAGES, PAGE, SHARDS, SLOTS)
     received = Received(runner)  # type: ignore[arg-type]
@@ -151,6 +183,8 @@ def test_drop_gives_back_what_is_not_scattered_and_leaves_the_others() -> None:
             dones[ticket].append(Done())
             received.push(held, key, block, dones[ticket][-1])
     received.scatter(1)
+    received.release(wait=True)
+    assert received.pending("a") and received.pending("b")
     received.drop("a")
     assert received.pending("a") == 0 and all(d.calls == 1 for d in dones["a"])
     assert received.scatter(None) == ["b"]
@@ -178,8 +212,7 @@ def test_blocks_come_back_once_their_last_scatter_is_done_and_after_a_failure() 
     ("key", "field"),
     [
         (SegmentKey(4, 0, (0, 1), (0, 4), (0, 1)), r"segment\.group"),
-        (SegmentKey(0, 0, (0, 1), (0, 4), (0, 2)), "block shape"),  # pages come whole in layers
-        (SegmentKey(1, 0, (1, 3), (0, 4), (0, 2)), "block shape"),  # windows too
+        (SegmentKey(0, 0, (1, 3), (0, 4), (0, 2)), r"segment\.layers"),
         (SegmentKey(0, 0, (0, 2), (0, 4), (0, 1)), "block shape"),
         (SegmentKey(2, 0, (0, 1), (9, 10), (1, 3)), "block shape"),
         (SegmentKey(2, 0, (0, 1), (8, 10), (0, 3)), r"segment\.tokens"),

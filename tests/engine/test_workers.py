@@ -43,9 +43,9 @@ def test_segments_cover_the_cache_once(sender: Runner) -> None:
     with prefill_worker(sender) as prefills:
         blocks, _ = prefill(prefills, job("a", length))
     assert sum(b.nbytes for _, b in blocks) == sender.spec.bytes(length)
-    covered = np.zeros((2, length), int)
+    covered = np.zeros((2, sender.config.num_layers, length), int)
     for key, _ in blocks:
-        covered[key.tensor, slice(*key.tokens)] += 1
+        covered[key.tensor, slice(*key.layers), slice(*key.tokens)] += 1
     assert (covered == 1).all()
 
 
@@ -121,7 +121,7 @@ def test_logprob_is_that_of_the_logits(runner: Runner) -> None:
 
 def test_a_short_prompt_beside_a_long_one_waits_two_steps_at_most(sender: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, run = [], sender.prefill
-    monkeypatch.setattr(sender, "prefill", lambda plan, export: (steps.append(plan), run(plan, export))[1])
+    monkeypatch.setattr(sender, "prefill", lambda plan, *more: (steps.append(plan), run(plan, *more))[1])
     at_done: list[int] = []
     long = Recorder()
     short = Recorder(lambda e: at_done.append(len(steps)) if isinstance(e, PrefillDone) else None)

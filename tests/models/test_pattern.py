@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prfaas_jax.models.pattern import SEGMENTS, Pattern, fold, runs
+from prfaas_jax.models.pattern import Alone, Pattern, Repeats, RunLayers, cut, fold, runs, whole
 
 
 def cost(pattern: Pattern) -> int:
@@ -48,9 +48,55 @@ def test_a_pattern_covers_every_layer_once_and_its_repeats_are_equal(head, body,
         assert len({layers[i] for i in position}) == 1
     if repeats > 1:
         assert cost(pattern) <= len(head) + len(body) + len(tail)
-    if pattern.repeats:
-        assert pattern.repeats % pattern.segment_repeats == 0
-        assert pattern.repeats // pattern.segment_repeats >= min(SEGMENTS, pattern.repeats)
+
+
+@given(STACKS, STACKS, st.integers(1, 12), STACKS, st.integers(1, 40))
+def test_pieces_follow_each_other_and_share_programs_whatever_the_depth(head, body, repeats, tail, number):
+    layers = head + body * repeats + tail
+    pattern = fold(layers)
+    body_runs = runs(layers[pattern.head : pattern.head + pattern.period])
+    pieces = cut(pattern, body_runs, number)
+    assert [i for piece in pieces for i in piece.layers] == list(range(len(layers)))
+    assert len(pieces) >= min(number, len(layers))
+    in_body = [piece for piece in pieces if not isinstance(piece.program, Alone)]
+    assert len({piece.program for piece in in_body}) <= max(1, len(body_runs))
+    for piece in in_body:
+        start = piece.layers.start - pattern.head
+        match piece.program:
+            case Repeats(count):
+                assert len(piece.layers) == count * pattern.period
+                assert start == piece.first * pattern.period
+            case RunLayers(run, count):
+                repeat, i = divmod(piece.first, len(body_runs[run]))
+                assert len(piece.layers) == count <= len(body_runs[run]) - i, "one repeat's layers only"
+                assert start == repeat * pattern.period + body_runs[run].start + i
+
+
+def sizes(layers: str, pieces: int) -> list[int]:
+    pattern = fold(layers)
+    return [len(p.layers) for p in cut(pattern, runs(layers[pattern.head : pattern.head + pattern.period]), pieces)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "pieces", "expected"),
+    [
+        ("kkkm" * 3, 12, [1] * 12),
+        ("kkkm" * 3, 6, [1] * 12),  # two do not divide three
+        ("kkkm" * 3, 3, [4] * 3),
+        ("kkkm" * 14 + "m", 16, [3, 1] * 14 + [1]),
+        ("a" * 30, 16, [1] * 30),
+        ("a" * 30, 12, [2] * 15),
+        ("D" + "a" * 8, 2, [1, 4, 4]),
+        ("abc", 2, [1, 1, 1]),
+    ],
+)
+def test_known_cuts(layers, pieces, expected):
+    assert sizes(layers, pieces) == expected
+
+
+def test_whole_leaves_empty_pieces_out():
+    assert [p.layers for p in whole(fold("aaaa"))] == [range(4)]
+    assert [p.layers for p in whole(fold("Dkmkmt"))] == [range(1), range(1, 5), range(5, 6)]
 
 
 @pytest.mark.parametrize(
