@@ -91,7 +91,9 @@ class _StepCache:
         """
         page_size = self.geometry.page_size
 
-        def local(pool: jax.Array, new: jax.Array, table: jax.Array, start: jax.Array, count: jax.Array, first: jax.Array) -> jax.Array:
+        def local(
+            pool: jax.Array, new: jax.Array, table: jax.Array, start: jax.Array, count: jax.Array, first: jax.Array
+        ) -> jax.Array:
             layers, batch, tokens, *rest = new.shape
             step = jnp.arange(tokens)
             position = start[:, None] + step

@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from prfaas_jax.engine.plan import SamplingRows
 
 
-def sample(logits: Float[Array, "B V"], rows: SamplingRows, position: Int[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+def sample(
+    logits: Float[Array, "B V"], rows: SamplingRows, position: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token per row; returns tokens and their log-probabilities under the unmodified distribution.
 
     `position` is the absolute position of the drawn token. The key is fold_in(key(seed), position), so neither placement nor

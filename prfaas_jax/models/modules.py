@@ -75,6 +75,8 @@ class RMSNorm(nnx.Module):
         return (self.weight[...] * wide.astype(x.dtype)).astype(x.dtype)
 
 
-def gated_rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], gate: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+def gated_rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], gate: Float[Array, "*B D"], eps: float
+) -> Float[Array, "*B D"]:
     """RMS norm of x times an activated gate, all in float32; returns float32."""
     return unit_rms(x, eps) * weight.astype(jnp.float32) * gate.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Lightning attention: linear attention whose state decays at a constant rate per head, by named implementations.
 
-recurrent   token by token; the reference, and the default for a single token
-chunkwise   matrix products within chunks of 64 tokens, a scan over chunks; the default otherwise
+    recurrent   token by token; the reference, and the default for a single token
+    chunkwise   matrix products within chunks of 64 tokens, a scan over chunks; the default otherwise
 """
 
 import jax

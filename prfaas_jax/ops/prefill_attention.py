@@ -62,7 +62,9 @@ def prefill_attention(
     return out.transpose(2, 0, 4, 1, 3, 5).reshape(batch, blocks * size, heads, -1)[:, :tokens]
 
 
-def causal_state(q: Float[Array, "K B G T H"], k: Float[Array, "K B T H"], v: Float[Array, "K B T Hv"], scale: float) -> SoftmaxState:
+def causal_state(
+    q: Float[Array, "K B G T H"], k: Float[Array, "K B T H"], v: Float[Array, "K B T Hv"], scale: float
+) -> SoftmaxState:
     """Causal attention of T tokens over themselves: each query block meets the keys up to its own end."""
     kv_heads, batch, group, tokens, head_dim = q.shape
     parts = []

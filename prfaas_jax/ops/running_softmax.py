@@ -153,7 +153,9 @@ def add_cached(
     scale: float,
 ) -> SoftmaxState:
     """Adds each row's first `lengths[b]` cached tokens, read page by page; the cost follows the longest row, 0 reads nothing."""
-    cached = CachedBlocks.of(table, lengths, layer, rows=q.shape[2], page_size=k_pool.shape[2], pages_per_layer=pages_per_layer)
+    cached = CachedBlocks.of(
+        table, lengths, layer, rows=q.shape[2], page_size=k_pool.shape[2], pages_per_layer=pages_per_layer
+    )
 
     def read(i: Int[Array, ""]) -> Block:
         return cached.read(k_pool, i), cached.read(v_pool, i), cached.live(i)

@@ -84,7 +84,9 @@ def paged_case(
     free = list(rng.permutation(np.arange(1, pages_per_layer)))
     table = np.zeros((len(cached), table_width or max([*owned, 1])), np.int32)
     none: list[np.ndarray] = [np.empty(0)] * len(cached)
-    case = PagedCase(none, list(none), pools[0], pools[1], table, np.array(cached, np.int32), layer, pages_per_layer, page_size, tail)
+    case = PagedCase(
+        none, list(none), pools[0], pools[1], table, np.array(cached, np.int32), layer, pages_per_layer, page_size, tail
+    )
     for row, (length, pages) in enumerate(zip(cached, owned, strict=True)):
         table[row, :pages] = [free.pop() for _ in range(pages)]
         k, v = (rng.standard_normal((length + new, kv_heads, width)).astype(dtype) for width in widths)

@@ -44,7 +44,9 @@ PAIRWISE = tuple(
     Layout(PREFILL_MESHES[p], DECODE_MESHES[d], a, b)
     for p, d, a, b in ((0, 0, 64, 16), (0, 1, 16, 64), (1, 0, 16, 16), (1, 1, 64, 64), (2, 0, 64, 64), (2, 1, 16, 16))
 )
-FULL = tuple(Layout(*columns) for columns in itertools.product((*PREFILL_MESHES, "data:1,model:4"), DECODE_MESHES, PAGE_SIZES, PAGE_SIZES))
+FULL = tuple(
+    Layout(*columns) for columns in itertools.product((*PREFILL_MESHES, "data:1,model:4"), DECODE_MESHES, PAGE_SIZES, PAGE_SIZES)
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,9 @@ def _mix(
 ) -> tuple[Float[Array, "B T H dv"], New]:
     """Convolutions, SiLU, normalisation and the delta rule on one device's heads; the recurrence runs in float32."""
     recurrent, *tails = states
-    (q, q_tail), (k, k_tail), (v, v_tail) = (causal_conv(x, tail, w, valid) for x, tail, w in zip((q, k, v), tails, convs, strict=True))
+    (q, q_tail), (k, k_tail), (v, v_tail) = (
+        causal_conv(x, tail, w, valid) for x, tail, w in zip((q, k, v), tails, convs, strict=True)
+    )
     q, k, v = (jax.nn.silu(x) for x in (q, k, v))
     q, k = l2_normalize(q) * q.shape[-1] ** -0.5, l2_normalize(k)
     # Each q/k head serves a run of consecutive value heads.

@@ -1,9 +1,9 @@
 """Mixture of experts: the router, and the experts' feed-forward networks by named implementations.
 
-dense       every local expert on every token: the reference; pays for E / k times the products that are needed
-ragged      tokens sorted by expert, XLA's grouped product
-grouped     tokens sorted by expert and cut into blocks of one expert, one block after another
-pallas_gpu  the same blocks by a kernel of our own, all at once
+    dense       every local expert on every token: the reference; pays for E / k times the products that are needed
+    ragged      tokens sorted by expert, XLA's grouped product
+    grouped     tokens sorted by expert and cut into blocks of one expert, one block after another
+    pallas_gpu  the same blocks by a kernel of our own, all at once
 """
 
 import functools

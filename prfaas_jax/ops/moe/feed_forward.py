@@ -72,7 +72,9 @@ def sort_assignments(experts: Int32[Array, "T k"], num_local: int) -> SortedAssi
     return SortedAssignments(order, place, starts, local)
 
 
-def weighted_sum(outputs: Float32[Array, "A D"], weights: Float32[Array, "T k"], local: Bool[Array, " A"]) -> Float32[Array, "T D"]:
+def weighted_sum(
+    outputs: Float32[Array, "A D"], weights: Float32[Array, "T k"], local: Bool[Array, " A"]
+) -> Float32[Array, "T D"]:
     """Sum over a token's local assignments of weight * output; what stands in the outputs of the others does not matter."""
     tokens, top_k = weights.shape
     kept = jnp.where(local[:, None], outputs, 0.0).reshape(tokens, top_k, -1)
