@@ -1,12 +1,13 @@
 """The engine's edge: jobs in, events out. No jax types cross it, so a profiled engine can stand in for a real one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
+from prfaas_jax.kvcache.codecs import AS_CACHED, CacheCodec
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 
@@ -48,11 +49,21 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One request as an engine sees it. `ticket` is unique within the engine; `prompt` are token ids."""
+    """One request as an engine sees it.
+
+    Attributes:
+        ticket: unique within the engine.
+        prompt: token ids.
+        sampling: how tokens are drawn.
+        codec: how the cache is written where it leaves an engine or enters one.
+        held_tokens: the receiver has the cache of this many first tokens: they are computed, and do not leave.
+    """
 
     ticket: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    codec: CacheCodec = AS_CACHED
+    held_tokens: int = 0
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, max_tokens: int) -> None:
@@ -74,12 +85,22 @@ def check_job(job: Job, vocab_size: int, max_length: int) -> None:
         raise InvalidInput("prompt length + max_new_tokens", total, f"a sum of at most {max_length}")
 
 
+def check_transfer(job: Job, spec: CacheSpec, codecs: Collection[str]) -> None:
+    """Raises InvalidInput for more held tokens than the prompt has, or a codec that is not among `codecs` for some kind that is cached."""
+    if not 0 <= job.held_tokens <= len(job.prompt):
+        raise InvalidInput("held_tokens", job.held_tokens, f"a number of the prompt's {len(job.prompt)} tokens")
+    if not {job.codec.of(group.cache.kind) for group in spec.groups} <= {"none", *codecs}:
+        raise InvalidInput("codec", str(job.codec), f"one that this engine has programs for: {('none', *codecs)} (option codecs)")
+
+
 # --- events; an engine delivers them in order to the job's sink, from its own thread -------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Admitted:
-    """Pages are reserved; nothing computed yet."""
+    """Pages are reserved; nothing computed yet. Of the prompt's first `held_tokens` they hold the cache already."""
+
+    held_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +112,7 @@ class PrefillProgress:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentReady:
-    """A segment of the cache may leave."""
+    """A segment of the cache may leave, written as the job's codec says: its payload has `key.nbytes(codec.wire_spec(spec))` bytes."""
 
     segment: Segment
 
@@ -172,7 +193,7 @@ class PrefillEngine(Protocol):
     def submit(self, job: Job, sink: Sink) -> None:
         """Queues a prompt. Events: Admitted, (PrefillProgress | SegmentReady)*, PrefillDone; or Failed / Finished("cancelled").
 
-        Raises InvalidInput when the job can never run here and Exhausted when the queue is full.
+        Raises InvalidInput when the job can never run here, also for its codec, and Exhausted when the queue is full.
         """
         ...
 
@@ -209,7 +230,8 @@ class DecodeEngine(Protocol):
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
         """Queues a verified block `[layers, tokens, all heads, width]`, of any layers and tokens, for the ticket's own pages or slot.
 
-        `done` is called from the engine thread once `block` may be reused. bfloat16 travels as uint16 views.
+        Dtype and width are those of the job's codec; bfloat16 travels as uint16 views. `done` is called from the engine thread once
+        `block` may be reused.
         """
         ...
 

@@ -27,6 +27,7 @@ from prfaas_jax.engine.api import (
     Sink,
     Token,
     check_job,
+    check_transfer,
 )
 from prfaas_jax.engine.plan import DecodeInput, plan_decode
 from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, new_pages, read_token
@@ -97,6 +98,7 @@ class DecodeWorker(EngineThread):
     def reserve(self, job: Job, sink: Sink) -> None:
         """See DecodeEngine.reserve."""
         check_job(job, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
+        check_transfer(job, self.spec, self._options.codec_names)
         with self._lock:
             if self._queued >= self._options.max_queue:
                 raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={self._options.max_queue})")
@@ -111,7 +113,8 @@ class DecodeWorker(EngineThread):
 
     def ingest(self, ticket: str, key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
         """See DecodeEngine.ingest. Raises InvalidInput for a block that belongs in no cache here."""
-        self._received.check(key, block, self._options.max_length)
+        if request := self._requests.get(ticket):  # gone meanwhile: nobody reads the block
+            self._received.check(key, block, request.job.codec, self._options.max_length)
         self._post(functools.partial(self._queue_block, ticket, key, block, done))
 
     def commit(self, ticket: str, first: Token) -> None:
@@ -176,7 +179,7 @@ class DecodeWorker(EngineThread):
             done()
             return
         request.phase = "receiving"
-        self._received.push(request.held, key, block, done)
+        self._received.push(request.held, key, block, request.job.codec, done)
 
     def _commit(self, ticket: str, first: Token, at: float) -> None:
         if request := self._in_phase(ticket, "reserved", "receiving"):

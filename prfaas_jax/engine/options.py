@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.codecs import CODEC_NAMES
 from prfaas_jax.scheduling.batching import MIN_PREFILL_TOKENS
 
 
@@ -30,6 +31,8 @@ class EngineOptions:
         max_queue: requests that may wait for pages.
         ingest_tokens: tokens per scatter of received KV, if they are of all layers; of fewer layers it takes as many more.
         ingest_bytes_per_step: received KV scattered between two decode steps at most, so that running decodes keep their pace.
+        codecs: what the cache may be written as where it leaves or enters, besides "none": names of `kvcache.codecs.CODEC_NAMES` joined by
+            commas. Each costs programs.
         paged_attention: implementation by name; None takes the platform's default.
         warmup: compile every program at start-up.
     """
@@ -49,6 +52,7 @@ class EngineOptions:
     max_queue: int = 64
     ingest_tokens: int = 64
     ingest_bytes_per_step: int = 3 << 20
+    codecs: str = ""
     paged_attention: str | None = None
     warmup: bool = True
 
@@ -60,6 +64,8 @@ class EngineOptions:
                 raise InvalidInput(field, value, "a positive integer")
         if self.segments is not None and self.segments < 1:
             raise InvalidInput("segments", self.segments, "a positive integer, or None for what suits the model")
+        if not set(self.codec_names) <= set(CODEC_NAMES):
+            raise InvalidInput("codecs", self.codecs, f"names joined by commas, of {CODEC_NAMES}")
         if self.chunk % MIN_PREFILL_TOKENS:
             raise InvalidInput("chunk", self.chunk, f"a multiple of {MIN_PREFILL_TOKENS}")
         if self.page_size & (self.page_size - 1) or self.page_size > 256:
@@ -70,6 +76,11 @@ class EngineOptions:
             raise InvalidInput("pages", self.pages, "at least 2 (page 0 is a dummy)")
         if self.slots is not None and self.slots < 2:
             raise InvalidInput("slots", self.slots, "at least 2 (slot 0 is a dummy)")
+
+    @property
+    def codec_names(self) -> tuple[str, ...]:
+        """`codecs`, one by one."""
+        return tuple(self.codecs.split(",")) if self.codecs else ()
 
     @property
     def pages_per_request(self) -> int:

@@ -22,14 +22,15 @@ from prfaas_jax.engine.api import (
     Sink,
     Token,
     check_prompt,
+    check_transfer,
 )
 from prfaas_jax.engine.plan import PrefillInput, plan_prefill
-from prfaas_jax.engine.runner import Runner
-from prfaas_jax.engine.steps import Drawn, Part
+from prfaas_jax.engine.runner import Leaving, Runner
+from prfaas_jax.engine.steps import Drawn
 from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
 from prfaas_jax.kvcache.pages import PageAllocator, Reservation
-from prfaas_jax.kvcache.spec import CacheKind
+from prfaas_jax.kvcache.segments import kept_part
 from prfaas_jax.scheduling.batching import PrefillItem, choose_prefill
 
 
@@ -65,7 +66,7 @@ class DispatchedStep:
 
     rows: list[tuple[Prompt, PrefillInput]]
     drawn: Drawn
-    parts: collections.deque[Part]
+    parts: collections.deque[Leaving]
     computed: float | None = None
 
     def computed_at(self, wait: bool = False) -> float | None:
@@ -95,10 +96,13 @@ def dispatch_prefill(
         prompt.done, prompt.last_step = start + count, step
         rows.append((prompt, PrefillInput(row, prompt.job.prompt, start, count, held.pages, prompt.job.sampling, held.slot, held.slot)))
     plan = plan_prefill([r for _, r in rows], choice.bucket.rows, choice.bucket.tokens, runner.geometry.width)
-    kinds: list[CacheKind] = ["paged", "window"] if export else []
-    if export and any(row.start + row.valid == len(prompt.job.prompt) for prompt, row in rows):
-        kinds.append("state")  # of no use to anybody before the prompt's end
-    drawn, parts = runner.prefill(plan, kinds, dispatched)
+    wanted = {
+        (group.cache.kind, prompt.job.codec.of(group.cache.kind))
+        for prompt, row in rows
+        for group in runner.spec.groups
+        if export and kept_part(group.cache, (row.start, row.start + row.valid), len(row.prompt), prompt.job.held_tokens)
+    }
+    drawn, parts = runner.prefill(plan, wanted, dispatched)
     return DispatchedStep(rows, drawn, collections.deque(parts))
 
 
@@ -137,6 +141,7 @@ class PrefillWorker(EngineThread):
     def submit(self, job: Job, sink: Sink) -> None:
         """See PrefillEngine.submit."""
         check_prompt(job.prompt, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
+        check_transfer(job, self.spec, self._options.codec_names)
         with self._lock:
             if self._queued >= self._options.max_queue:
                 raise Exhausted(f"prefill queue is full: {self._queued} prompts wait (max_queue={self._options.max_queue})")
@@ -221,7 +226,7 @@ class PrefillWorker(EngineThread):
         """Hands out what stays of a step's next part, as soon as that has been computed."""
         part = step.parts.popleft()
         for prompt, row in self._remaining(step):
-            for segment in self._runner.export(part, row.row, row.start, row.valid, len(prompt.job.prompt)):
+            for segment in self._runner.export(part, row.row, row.start, row.valid, prompt.job):
                 prompt.sink(SegmentReady(segment))
         step.computed_at()
 

@@ -1,23 +1,26 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
+from prfaas_jax.engine.api import Job
 from prfaas_jax.engine.compiles import compile_count
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.plan import DecodePlan, IngestPlan, PrefillPlan, plan_decode, plan_ingest, plan_prefill
 from prfaas_jax.engine.steps import Drawn, Part, Steps
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.codecs import CODECS, encoded
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
-from prfaas_jax.kvcache.segments import Segment, SegmentKey, layer_blocks
-from prfaas_jax.kvcache.spec import CacheGroup, CacheKind, CacheSpec, TensorSpec, cache_spec
-from prfaas_jax.models.caching import Added
+from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part, layer_blocks
+from prfaas_jax.kvcache.spec import CacheKind, CacheSpec, TensorSpec, cache_spec
+from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation, supports
@@ -25,7 +28,7 @@ from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_bucke
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
-_CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "uint8": np.dtype(np.uint8)}
 
 # A scatter of the smaller size takes this part of the rows of the larger one: a single block of few layers is not padded to all of them.
 _SMALL_INGEST = 8
@@ -64,6 +67,23 @@ def pool_geometry(spec: CacheSpec, options: EngineOptions, data: int) -> PoolGeo
     keeps_slots = any(g.cache.kind != "paged" for g in spec.groups)
     slots = options.slots_per_shard(data) if keeps_slots else 0
     return PoolGeometry(options.page_size, options.pages_per_shard(data), options.pages_per_request, slots)
+
+
+class Leaving(NamedTuple):
+    """A part of a prefill step on its way out.
+
+    Attributes:
+        arrays: per group and codec that was asked for, its tensors so written, as `new_axes` says.
+        layers: per group which of its layers they have.
+    """
+
+    arrays: dict[tuple[int, str], New]
+    layers: tuple[range, ...]
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of it is there, so that reading it does not wait."""
+        return all(array.is_ready() for array in jax.tree.leaves(self.arrays))
 
 
 class Runner:
@@ -108,20 +128,29 @@ class Runner:
     # --- steps: dispatched asynchronously, in the order of the calls ---------------------------------------------------------
 
     def prefill(
-        self, plan: PrefillPlan, export: Collection[CacheKind] = (), dispatched: Callable[[], None] = lambda: None
-    ) -> tuple[Drawn, tuple[Part, ...]]:
-        """Runs a prefill step; returns what was drawn and what is new, kinds in `export` on their way to the host.
+        self, plan: PrefillPlan, export: Collection[tuple[CacheKind, str]] = (), dispatched: Callable[[], None] = lambda: None
+    ) -> tuple[Drawn, tuple[Leaving, ...]]:
+        """Runs a prefill step; returns what was drawn, and what is new of each kind in `export` as the codec beside it writes it.
 
         `dispatched` is called after every part: a device takes only so many programs in advance, so dispatch may have waited.
         """
-        parts: list[Part] = []
+        parts: list[Leaving] = []
 
         def take(part: Part) -> None:
-            parts.append(Part(self._to_host(part.new, export), part.layers))
+            parts.append(self._leaving(part, export))
             dispatched()
 
         self.pools, drawn = self.steps.run_prefill(self.params, self.pools, plan, take)
         return drawn, tuple(parts)
+
+    def _leaving(self, part: Part, export: Collection[tuple[CacheKind, str]]) -> Leaving:
+        """Dispatches what a part needs to leave: its codecs, and the copy to the host."""
+        arrays: dict[tuple[int, str], New] = {}
+        for g, (group, tensors) in enumerate(zip(self.spec.groups, part.new, strict=True)):
+            for name in (codec for kind, codec in export if kind == group.cache.kind and tensors):
+                written = tensors if name == "none" else tuple(self.steps.encode(g, t, name)(array) for t, array in enumerate(tensors))
+                arrays[g, name] = tuple(map(self._to_host, written))
+        return Leaving(arrays, part.layers)
 
     def decode(self, plan: DecodePlan) -> Drawn:
         """Runs a decode step."""
@@ -140,48 +169,48 @@ class Runner:
         rows = tokens * len(cached.layers)
         return tuple(sorted({-(-rows // _SMALL_INGEST), rows}))
 
-    def ingest(self, group: int, tensor: int, rows: np.ndarray, plan: IngestPlan) -> jax.Array:
-        """Scatters received rows [R, heads, width] of one tensor, R being one of `ingest_sizes`.
+    def ingest(self, group: int, tensor: int, codec: str, rows: np.ndarray, plan: IngestPlan) -> jax.Array:
+        """Scatters received rows [R, heads, width] of one tensor as `codec` writes them, R being one of `ingest_sizes`.
 
         `rows` may be reused when the returned fence is ready.
         """
-        old = self.pools[group][tensor]
-        data = rows.view(old.dtype) if rows.dtype != old.dtype else rows
-        pool, fence = self.steps.ingest(group, tensor)(old, data, plan)
+        dtype = jnp.dtype(encoded(self.spec.groups[group].cache.tensors[tensor], codec).dtype)
+        data = rows.view(dtype) if rows.dtype != dtype else rows
+        pool, fence = self.steps.ingest(group, tensor, codec)(self.pools[group][tensor], data, plan)
         tensors = tuple(pool if i == tensor else p for i, p in enumerate(self.pools[group]))
         self.pools = tuple(tensors if g == group else p for g, p in enumerate(self.pools))
         return fence
 
-    def _to_host(self, new: Added, kinds: Collection[CacheKind]) -> Added:
+    def _to_host(self, array: jax.Array) -> jax.Array:
         """Starts the copy into pinned host memory where the device has its own; on CPU the arrays already are host memory."""
-        if self.platform == "cpu":
-            return new
-        pinned = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))  # noqa: E731
-        return tuple(jax.tree.map(pinned, n) if g.cache.kind in kinds else n for g, n in zip(self.spec.groups, new, strict=True))
+        return array if self.platform == "cpu" else jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
 
-    def export(self, part: Part, row: int, start: int, count: int, length: int) -> Iterator[Segment]:
-        """Segments of one row of a part of an exported chunk; waits for the part's computation.
+    def export(self, part: Leaving, row: int, start: int, count: int, job: Job) -> Iterator[Segment]:
+        """Segments of one row of a part of an exported chunk, as the job's codec writes them; waits for the part's computation.
+
+        A window leaves only where the prompt's last tokens lie, a state only with the last chunk, and nothing that the receiver holds.
 
         Args:
-            part: one of those that `prefill` returned with `export`.
+            part: one of those that `prefill` returned with the job's codec in `export`.
             row: the row in the chunk.
             start: the row's first position.
             count: its tokens in this chunk.
-            length: tokens of the whole prompt: a window leaves only where the prompt's last tokens lie, a state only with the last chunk.
+            job: whose prompt it is.
 
         Only addressable shards are read. Payloads are contiguous `[layers, tokens, heads, width]`.
         """
-        for g, (group, tensors, has) in enumerate(zip(self.spec.groups, part.new, part.layers, strict=True)):
-            first, last = group.cache.kept(length)
-            tokens = (max(first, start), min(last, start + count))
-            if tokens[0] >= tokens[1]:
+        for g, (group, has) in enumerate(zip(self.spec.groups, part.layers, strict=True)):
+            tokens = kept_part(group.cache, (start, start + count), len(job.prompt), job.held_tokens)
+            if not has or tokens is None:
                 continue
-            for t, array in enumerate(tensors):
-                for values, heads in self._slices(group.cache.tensors[t], array, row):
+            name = job.codec.of(group.cache.kind)
+            for t, array in enumerate(part.arrays[g, name]):
+                spec = encoded(group.cache.tensors[t], name)
+                for values, heads in self._slices(spec, array, row):
                     kept = values[:, None] if group.cache.kind == "state" else values[:, tokens[0] - start : tokens[1] - start]
                     for layers in layer_blocks(group, t, has):
                         key = SegmentKey(g, t, layers, tokens, heads)
-                        yield _segment(key, group, kept[layers[0] - has.start : layers[1] - has.start])
+                        yield _segment(key, spec, kept[layers[0] - has.start : layers[1] - has.start])
 
     def _slices(self, tensor: TensorSpec, array: jax.Array, row: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
         """One row's values [layers, (tokens,) heads, width] per head slice, without replicas and copies, and the heads that they are."""
@@ -207,25 +236,30 @@ class Runner:
         buckets += ["ingest"] if ingest else []
         for bucket in tqdm(buckets, desc=f"compiling {self.config.name}", unit="program", leave=False):
             if isinstance(bucket, Bucket):
-                jax.block_until_ready(self.prefill(plan_prefill([], bucket.rows, bucket.tokens, width), get_args(CacheKind)))
+                jax.block_until_ready(self.prefill(plan_prefill([], bucket.rows, bucket.tokens, width), self._codecs()))
             elif isinstance(bucket, int):
                 jax.block_until_ready(self.decode(plan_decode([], bucket, width)))
             else:
                 self._warm_ingest()
         self._warm_count = compile_count()
 
+    def _codecs(self) -> list[tuple[CacheKind, str]]:
+        """Kinds that are cached, each with every codec that jobs may ask for."""
+        kinds = dict.fromkeys(group.cache.kind for group in self.spec.groups)
+        return [(kind, name) for kind in kinds for name in ("none", *self.options.codec_names) if name in CODECS[kind]]
+
     def _warm_ingest(self) -> None:
         for g, group in enumerate(self.spec.groups):
-            for size in self.ingest_sizes(g):
-                for tensor, t in enumerate(group.cache.tensors):
-                    rows = np.zeros((size, t.heads, t.width), _CARRIER[t.dtype])
-                    jax.block_until_ready(self.ingest(g, tensor, rows, plan_ingest([], size, self.shards)))
+            for name in (name for kind, name in self._codecs() if kind == group.cache.kind):
+                for tensor, spec in enumerate(encoded(t, name) for t in group.cache.tensors):
+                    for size in self.ingest_sizes(g):
+                        rows = np.zeros((size, spec.heads, spec.width), CARRIER[spec.dtype])
+                        jax.block_until_ready(self.ingest(g, tensor, name, rows, plan_ingest([], size, self.shards)))
 
     def compiles_after_warmup(self) -> int:
         """XLA compilations in this process since `warmup` ended; 0 before it."""
         return 0 if self._warm_count is None else compile_count() - self._warm_count
 
 
-def _segment(key: SegmentKey, group: CacheGroup, values: np.ndarray) -> Segment:
-    carrier = _CARRIER[group.cache.tensors[key.tensor].dtype]
-    return Segment(key, np.ascontiguousarray(values).view(carrier).reshape(-1).data.cast("B"))
+def _segment(key: SegmentKey, spec: TensorSpec, values: np.ndarray) -> Segment:
+    return Segment(key, np.ascontiguousarray(values).view(CARRIER[spec.dtype]).reshape(-1).data.cast("B"))

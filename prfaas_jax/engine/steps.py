@@ -29,6 +29,7 @@ from prfaas_jax.models.caching import Added, Step
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.pattern import PIECES, Piece, Program, cut, whole
 from prfaas_jax.models.transformer import Transformer, island, join
+from prfaas_jax.ops import kv_codec
 from prfaas_jax.ops.pool_write import write_pages, write_tokens
 from prfaas_jax.sharding import AttentionSharding, Mode, Sharder
 
@@ -51,11 +52,6 @@ class Part(NamedTuple):
 
     new: Added
     layers: tuple[range, ...]
-
-    @property
-    def ready(self) -> bool:
-        """Whether all of it is there, so that reading it does not wait."""
-        return all(array.is_ready() for array in jax.tree.leaves(self.new))
 
 
 def _after(index: Int[Array, "B ..."], token: Int[Array, " B"]) -> Int[Array, "B ..."]:
@@ -281,13 +277,20 @@ class Steps:
         cache.plan = plan._replace(table=_after(plan.table, token), slot=_after(plan.slot, token))
         return cache.write(new, carry), Drawn(token, logprob, logits)
 
-    # --- ingest --------------------------------------------------------------------------------------------------------------
+    # --- what leaves and what is received, as a codec writes it ---------------------------------------------------------------
 
-    @functools.cache  # noqa: B019 - one Steps per engine, a handful of tensors
-    def ingest(self, group: int, tensor: int) -> Callable[[jax.Array, Any, IngestPlan], tuple[jax.Array, jax.Array]]:
-        """(pool, rows [R, heads, width], plan) -> (pool, fence), for one tensor; a row is one layer's token, or state.
+    @functools.cache  # noqa: B019 - one Steps per engine, a handful of tensors and codecs
+    def encode(self, group: int, tensor: int, codec: str) -> Callable[[jax.Array], jax.Array]:
+        """What a prefill step added to a tensor (`new_axes`) -> the same as `codec` writes it."""
+        cached = self.spec.groups[group]
+        placed = self.sharders["prefill"](*new_axes(cached, cached.cache.tensors[tensor]))
+        return jax.jit(functools.partial(kv_codec.encode, codec=codec), in_shardings=placed, out_shardings=placed)
 
-        The pool is donated; a ready fence means the rows were read.
+    @functools.cache  # noqa: B019 - one Steps per engine, a handful of tensors and codecs
+    def ingest(self, group: int, tensor: int, codec: str) -> Callable[[jax.Array, Any, IngestPlan], tuple[jax.Array, jax.Array]]:
+        """(pool, rows [R, heads, width] as `codec` writes them, plan) -> (pool, fence), for one tensor.
+
+        A row is one layer's token, or state. The pool is donated; a ready fence means the rows were read.
         """
         shard, cached = self.sharders["decode"], self.spec.groups[group]
         spec = cached.cache.tensors[tensor]
@@ -295,10 +298,11 @@ class Steps:
         rows, address = shard(None, axis, None), shard("pages", None)
 
         def local(pool: jax.Array, rows: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+            plain = rows if codec == "none" else kv_codec.decode(rows, codec, pool.dtype, spec.width)
             # As one layer of the whole pool: the pages of a plan are the pool's.
             if cached.cache.kind == "state":
-                return write_pages(pool, rows[None], page[0], pages_per_layer=pool.shape[1])
-            return write_tokens(pool, rows[None], page[0], offset[0], pages_per_layer=pool.shape[1])
+                return write_pages(pool, plain[None], page[0], pages_per_layer=pool.shape[1])
+            return write_tokens(pool, plain[None], page[0], offset[0], pages_per_layer=pool.shape[1])
 
         axes = (pool_axes(spec), (None, heads_axis(spec), None), ("pages", None), ("pages", None))
         run = island(shard)(local, axes, pool_axes(spec))

@@ -17,6 +17,8 @@ SCALE_BYTES = 2
 # What each kind of cache may travel as. A recurrence feeds its state's error back into itself: no byte-sized states.
 CODECS: dict[CacheKind, tuple[str, ...]] = {"paged": ("none", "int8", "fp8"), "window": ("none", "int8", "fp8"), "state": ("none", "bf16")}
 
+CODEC_NAMES = tuple(dict.fromkeys(name for names in CODECS.values() for name in names if name != "none"))
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheCodec:
@@ -60,12 +62,16 @@ class CacheCodec:
         groups = []
         for group in spec.groups:
             name = self.of(group.cache.kind)
-            tensors = tuple(_encoded(tensor, name) for tensor in group.cache.tensors)
+            tensors = tuple(encoded(tensor, name) for tensor in group.cache.tensors)
             groups.append(dataclasses.replace(group, cache=dataclasses.replace(group.cache, tensors=tensors)))
         return CacheSpec(tuple(groups))
 
 
-def _encoded(tensor: TensorSpec, codec: str) -> TensorSpec:
+AS_CACHED = CacheCodec()
+
+
+def encoded(tensor: TensorSpec, codec: str) -> TensorSpec:
+    """A tensor as the codec of one name writes it."""
     match codec:
         case "int8" | "fp8":
             return dataclasses.replace(tensor, dtype="uint8", width=tensor.width + SCALE_BYTES)

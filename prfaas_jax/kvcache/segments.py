@@ -77,9 +77,12 @@ def aligned_blocks(positions: tuple[int, int], block: int) -> Iterator[tuple[int
         start = end
 
 
-def kept_part(cache: LayerCache, tokens: tuple[int, int], length: int) -> tuple[int, int] | None:
-    """The part of computed `tokens` that a `length`-token request leaves behind; None when nothing of them stays."""
-    first, stop = cache.kept(length)
+def kept_part(cache: LayerCache, tokens: tuple[int, int], length: int, held: int = 0) -> tuple[int, int] | None:
+    """The part of computed `tokens` that a `length`-token request leaves behind, without what a cache of the first `held` has already.
+
+    None when nothing of them stays.
+    """
+    first, stop = cache.kept(length, held)
     start, stop = max(tokens[0], first), min(tokens[1], stop)
     return (start, stop) if start < stop else None
 

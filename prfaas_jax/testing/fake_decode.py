@@ -12,6 +12,7 @@ import numpy as np
 from prfaas_jax.engine import api
 from prfaas_jax.engine.thread import EngineThread
 from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferError
+from prfaas_jax.kvcache.codecs import CODEC_NAMES
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.testing.profiled import first_token, profiled_block
@@ -20,7 +21,10 @@ from prfaas_jax.transfer.coverage import Coverage
 
 @dataclasses.dataclass(frozen=True)
 class FakeDecodeOptions:
-    """Sizes and times of a fake decode engine; times are real seconds that its thread sleeps. `seed` is the profiled engine's."""
+    """Sizes and times of a fake decode engine; times are real seconds that its thread sleeps.
+
+    `seed` is the profiled engine's. `held_tokens` is the length of a prefix whose cache it says to hold of every prompt that has one.
+    """
 
     vocab_size: int
     max_length: int = 4096
@@ -31,6 +35,7 @@ class FakeDecodeOptions:
     prefill_s_per_token: float = 0.0
     step_s: float = 0.0
     seed: int = 0
+    held_tokens: int = 0
 
 
 def next_token(ids: Sequence[int], vocab_size: int, with_logits: bool = False) -> api.Token:
@@ -45,6 +50,7 @@ class _Request:
     sink: api.Sink
     pages: int
     coverage: Coverage
+    held: int
     phase: str = "waiting"
     prefilled: int = 0
     begun: float = 0.0
@@ -79,8 +85,20 @@ class FakeDecodeEngine(EngineThread):
                 raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={options.max_queue})")
             self._queued += 1
         pages = -(-(len(job.prompt) + job.sampling.max_new_tokens) // options.page_size)
-        coverage = Coverage(self.spec, len(job.prompt))
-        self._post(functools.partial(self._enqueue, _Request(job, sink, pages, coverage)))
+        api.check_transfer(job, self.spec, CODEC_NAMES)
+        held = min(options.held_tokens, len(job.prompt))
+        request = _Request(job, sink, pages, self._held_coverage(len(job.prompt), held), held)
+        self._post(functools.partial(self._enqueue, request))
+
+    def _held_coverage(self, length: int, held: int) -> Coverage:
+        """What of a prompt's cache is here before anything arrives."""
+        coverage = Coverage(self.spec, length)
+        for g, group in enumerate(self.spec.groups):
+            tokens = group.cache.kept(length)[0], group.cache.kept(length, held)[0]
+            if tokens[0] < tokens[1]:
+                for t, tensor in enumerate(group.cache.tensors):
+                    coverage.claim(SegmentKey(g, t, (0, len(group.layers)), tokens, (0, tensor.heads)))
+        return coverage
 
     def prefill_local(self, ticket: str) -> None:
         """See DecodeEngine.prefill_local."""
@@ -129,12 +147,12 @@ class FakeDecodeEngine(EngineThread):
 
     def _check_block(self, request: _Request, key: SegmentKey, block: np.ndarray) -> None:
         """Raises unless the block is a whole-headed part of what the prompt leaves behind, has the right bytes, and is new."""
-        prompt = request.job.prompt
-        key.check(self.spec, len(prompt))
+        prompt, spec = request.job.prompt, request.job.codec.wire_spec(self.spec)
+        key.check(spec, len(prompt))
         heads = key.tensor_spec(self.spec).heads
         if key.heads != (0, heads):
             raise InvalidInput("segment.heads", key.heads, f"all {heads}")
-        if not np.array_equal(block, profiled_block(self.spec, key, prompt, self._options.seed)):
+        if not np.array_equal(block, profiled_block(spec, key, prompt, self._options.seed)):
             raise TransferError(f"wrong bytes in {key}")
         request.coverage.claim(key)
 
@@ -164,7 +182,7 @@ class FakeDecodeEngine(EngineThread):
                 self._queued -= 1
             self._pages_free -= request.pages
             request.phase = "reserved"
-            request.sink(api.Admitted())
+            request.sink(api.Admitted(request.held))
         active = [r for r in self._requests.values() if r.phase in ("prefilling", "ready", "running")]
         for request in active:
             getattr(self, f"_advance_{request.phase}")(request)

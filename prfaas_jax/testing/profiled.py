@@ -24,17 +24,23 @@ from prfaas_jax.engine.api import (
     Sink,
     Token,
     check_job,
+    check_transfer,
 )
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
+from prfaas_jax.kvcache.codecs import CODEC_NAMES
 from prfaas_jax.kvcache.segments import Segment, SegmentKey, aligned_blocks, kept_part, layer_blocks
 from prfaas_jax.kvcache.spec import CacheSpec
 
 _TABLE = 1 << 16
+# Bytes without this bit are never float8_e4m3fn's NaN; a bfloat16 scale whose upper byte this is lies between 2^-7 and 2^-5.
+_FINITE_FP8 = np.uint8(0xF7)
+_SCALE_UPPER = 0x3C
 
 
 def profiled_block(spec: CacheSpec, key: SegmentKey, prompt: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """The cache that a profiled engine makes of a prompt, `[layers, tokens, heads, width]`; bfloat16 as uint16.
 
+    Of a codec's `wire_spec` too: what it writes in bytes is a head's elements, finite as int8 and as float8_e4m3fn, and a finite scale.
     Every (group, tensor, layer, token, head) has finite values of its own, whatever block they are asked for in, so a receiver with
     other chunks and shards can check what it got.
     """
@@ -45,13 +51,19 @@ def profiled_block(spec: CacheSpec, key: SegmentKey, prompt: tuple[int, ...], se
     start = start + np.uint32((_prompt_digest(prompt) + 668265263 * (key.group * 64 + key.tensor)) % 2**32)
     start ^= start >> 15
     block = np.lib.stride_tricks.sliding_window_view(_table(tensor.width, tensor.dtype, seed), tensor.width)[start % _TABLE]
-    return np.ascontiguousarray(block)
+    block = np.ascontiguousarray(block)
+    if tensor.dtype == "uint8":
+        block[..., -1] = _SCALE_UPPER
+    return block
 
 
 @functools.lru_cache(maxsize=16)
 def _table(width: int, dtype: str, seed: int) -> np.ndarray:
     """Normal values to cut rows of `width` elements from, as they travel."""
-    values = np.random.default_rng(seed).standard_normal(_TABLE + width, np.float32)
+    rng = np.random.default_rng(seed)
+    if dtype == "uint8":
+        return rng.integers(0, 256, _TABLE + width, np.uint8) & _FINITE_FP8
+    values = rng.standard_normal(_TABLE + width, np.float32)
     return values if dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -138,6 +150,7 @@ class ProfiledPrefillEngine:
     def submit(self, job: Job, sink: Sink) -> None:
         """See `PrefillEngine.submit`. Raises InvalidInput, Exhausted, or EngineFailed after `close`."""
         check_job(job, self._vocab_size, self._max_length)
+        check_transfer(job, self.spec, CODEC_NAMES)
         with self._changed:
             if self._closed:
                 raise EngineFailed("engine is closed")
@@ -196,13 +209,13 @@ class ProfiledPrefillEngine:
             return end
         started = time.monotonic()
         sink(Admitted())
-        length = len(job.prompt)
-        for tokens in aligned_blocks((0, length), self._chunk):
+        spec = job.codec.wire_spec(self.spec)
+        for tokens in aligned_blocks((0, len(job.prompt)), self._chunk):
             if end := self._interrupted(job, started + self._seconds(tokens[1])):
                 return end
             computed = time.monotonic()
-            for key in self._keys(tokens, length):
-                block = profiled_block(self.spec, key, job.prompt, self._seed)
+            for key in self._keys(tokens, job):
+                block = profiled_block(spec, key, job.prompt, self._seed)
                 sink(SegmentReady(Segment(key, block.data)))
                 if end := self._interrupted(job, 0.0):
                     return end
@@ -235,10 +248,10 @@ class ProfiledPrefillEngine:
         self._cancelled -= {job.ticket for job, _ in dropped}
         return [sink for _, sink in dropped]
 
-    def _keys(self, tokens: tuple[int, int], length: int) -> list[SegmentKey]:
+    def _keys(self, tokens: tuple[int, int], job: Job) -> list[SegmentKey]:
         keys = []
         for g, group in enumerate(self.spec.groups):
-            kept = kept_part(group.cache, tokens, length)
+            kept = kept_part(group.cache, tokens, len(job.prompt), job.held_tokens)
             if kept is None:
                 continue
             for t, tensor in enumerate(group.cache.tensors):

@@ -28,11 +28,10 @@ from prfaas_jax.engine.build import build_runner
 from prfaas_jax.engine.decode import DecodeWorker
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
-from prfaas_jax.engine.runner import Runner
+from prfaas_jax.engine.runner import CARRIER, Runner
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.models.score import forward_logits
-from prfaas_jax.transfer.assembly import VIEW_DTYPES
 
 TIMEOUT_S = 60.0
 CHUNK = 64
@@ -194,7 +193,7 @@ def whole_blocks(segments: Sequence[Segment], spec: CacheSpec) -> list[tuple[Seg
     """Joins head slices of one token range, layer range and tensor."""
     parts: dict[SegmentKey, list[tuple[SegmentKey, np.ndarray]]] = {}
     for s in segments:
-        array = np.frombuffer(s.payload, VIEW_DTYPES[s.key.tensor_spec(spec).dtype]).reshape(s.key.shape(spec))
+        array = np.frombuffer(s.payload, CARRIER[s.key.tensor_spec(spec).dtype]).reshape(s.key.shape(spec))
         parts.setdefault(dataclasses.replace(s.key, heads=(0, 0)), []).append((s.key, array))
     blocks = []
     for slices in parts.values():
@@ -210,7 +209,7 @@ def prefill(worker: PrefillWorker, j: Job) -> tuple[list[tuple[SegmentKey, np.nd
     worker.submit(j, sink)
     (done,) = sink.wait(PrefillDone, Failed)
     assert isinstance(done, PrefillDone), done
-    return whole_blocks([e.segment for e in sink.of(SegmentReady)], worker.spec), done
+    return whole_blocks([e.segment for e in sink.of(SegmentReady)], j.codec.wire_spec(worker.spec)), done
 
 
 def run_remote(prefills: PrefillWorker, decodes: DecodeWorker, *jobs: Job) -> list[Recorder]:

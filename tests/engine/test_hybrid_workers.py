@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -27,11 +27,10 @@ from engine_harness import (
 
 from prfaas_jax.engine.api import Admitted, Committed, Failed, Finished, PrefillDone, PrefillProgress, SamplingParams, SegmentReady, Token
 from prfaas_jax.engine.plan import PrefillInput, plan_prefill
-from prfaas_jax.engine.runner import Runner
-from prfaas_jax.engine.steps import Drawn, Part
+from prfaas_jax.engine.runner import Leaving, Runner
+from prfaas_jax.engine.steps import Drawn
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.segments import SegmentKey
-from prfaas_jax.kvcache.spec import CacheKind
 from prfaas_jax.transfer.coverage import Coverage
 
 # Windows of 24 beside full layers; gated delta states beside attention. Compiling the others takes minutes.
@@ -88,25 +87,26 @@ def test_what_stays_leaves_layer_by_layer_within_a_chunk(hybrid: Runner) -> None
     assert len(set(depth)) == len(hybrid.steps.pieces)
 
 
-def run_chunk(runner: Runner, export: Collection[CacheKind] = ()) -> tuple[Drawn, tuple[Part, ...]]:
-    """One chunk of one prompt through the first pages and the first slot."""
+def run_chunk(runner: Runner) -> tuple[Drawn, tuple[Leaving, ...]]:
+    """One chunk of one prompt through the first pages and the first slot; everything leaves."""
     pages = np.arange(1, 5, dtype=np.int32)
     plan = plan_prefill([PrefillInput(0, prompt(CHUNK), 0, CHUNK, pages, SamplingParams(), 1, 1)], 1, CHUNK, runner.geometry.width)
-    return runner.prefill(plan, export)
+    kinds = {group.cache.kind for group in runner.spec.groups}
+    return runner.prefill(plan, [(kind, "none") for kind in kinds])
 
 
 def test_what_a_part_exports_needs_no_other_part(states: Runner) -> None:
     """A part that read another one's arrays would wait for layers that are still to run."""
-    _, parts = run_chunk(states, ["paged", "state"])
+    _, parts = run_chunk(states)
     assert len(parts) == 8, "three layers of states and one of attention, twice"
     for number in range(8):
-        jax.block_until_ready([part.new for part in parts])
+        jax.block_until_ready([part.arrays for part in parts])
         assert all(part.ready for part in parts)
-        for array in [array for i, part in enumerate(parts) for array in jax.tree.leaves(part.new) if i != number]:
+        for array in [array for i, part in enumerate(parts) for array in jax.tree.leaves(part.arrays) if i != number]:
             array.delete()
-        layers = [states.spec.groups[s.key.group].layers[slice(*s.key.layers)] for s in states.export(parts[number], 0, 0, CHUNK, CHUNK)]
-        assert set(layers) == {(number,)}
-        _, parts = run_chunk(states, ["paged", "state"])
+        keys = [segment.key for segment in states.export(parts[number], 0, 0, CHUNK, job("a", CHUNK))]
+        assert {states.spec.groups[key.group].layers[slice(*key.layers)] for key in keys} == {(number,)}
+        _, parts = run_chunk(states)
 
 
 def test_a_step_in_parts_adds_draws_and_writes_what_one_program_does(hybrid: Runner) -> None:
@@ -124,9 +124,9 @@ def test_a_step_in_parts_adds_draws_and_writes_what_one_program_does(hybrid: Run
         hybrid.steps.pieces = pieces
     assert len(parts) == len(pieces) > 1
     same(drawn.logits, whole_drawn.logits)
-    for g, tensors in enumerate(whole.new):
+    for (g, name), tensors in whole.arrays.items():
         for t, expected in enumerate(tensors):
-            same(np.concatenate([part.new[g][t] for part in parts if part.new[g]]), expected)
+            same(np.concatenate([part.arrays[g, name][t] for part in parts if part.layers[g]]), expected)
         assert [i for part in parts for i in part.layers[g]] == list(whole.layers[g])
     for got, expected in zip(written, (pool for pools in hybrid.pools for pool in pools), strict=True):
         same(got, np.array(expected))

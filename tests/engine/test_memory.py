@@ -49,7 +49,7 @@ def analyse(steps: Steps, program: str) -> tuple[int, int, int]:
         window = group.cache.window or 1
         rows = {"paged": 64, "window": window, "state": 1}[group.cache.kind] * (1 if group.cache.kind == "state" else len(group.layers))
         block = jax.ShapeDtypeStruct((rows, tensor.heads, tensor.width), jnp.dtype(tensor.dtype))
-        lowered = [steps.ingest(0, 0).lower(pools[0][0], block, plan_ingest([], rows, data))]
+        lowered = [steps.ingest(0, 0, "none").lower(pools[0][0], block, plan_ingest([], rows, data))]
         nbytes = nbytes[:1]
     elif program == "prefill":
         lowered = lower_prefill(steps, pools)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prfaas_jax.engine.plan import IngestPlan
 from prfaas_jax.engine.received import Received
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.kvcache.codecs import AS_CACHED
 from prfaas_jax.kvcache.pages import PageAllocator
 from prfaas_jax.kvcache.segments import SegmentKey, aligned_blocks
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
@@ -72,7 +73,8 @@ class NumpyRunner:
         rows = min(self._tokens, cached.cache.window or self._tokens) * len(cached.layers)
         return tuple(sorted({-(-rows // 4), rows}))
 
-    def ingest(self, group: int, tensor: int, block: np.ndarray, plan: IngestPlan) -> Fence:
+    def ingest(self, group: int, tensor: int, codec: str, block: np.ndarray, plan: IngestPlan) -> Fence:
+        assert codec == "none"
         t = SPEC.groups[group].cache.tensors[tensor]
         assert len(block) in self.ingest_sizes(group) and block.shape[1:] == (t.heads, t.width), "no program of this shape"
         assert plan.page.shape == plan.offset.shape == (SHARDS, len(block))
@@ -125,8 +127,8 @@ def test_every_element_ends_at_its_place(lengths: list[int], ingest_tokens: int,
     dones = [Done() for _ in blocks]
     through: list[str] = []
     for (ticket, key, block), done in zip(blocks, dones, strict=True):
-        received.check(key, block, 64)
-        received.push(held[ticket], key, block, done)
+        received.check(key, block, AS_CACHED, 64)
+        received.push(held[ticket], key, block, AS_CACHED, done)
         if rng.random() < 0.3:
             before = len(runner.nbytes)
             through += received.scatter(budget)
@@ -156,7 +158,7 @@ def test_blocks_of_few_layers_take_about_as_many_scatters_as_whole_ones() -> Non
         held = allocator.reserve("a", 40)
         for part in aligned_blocks((0, len(group.layers)), layers):
             key = SegmentKey(1, 0, part, group.cache.kept(40), (0, 2))
-            received.push(held, key, np.ones(key.shape(SPEC), np.float32), Done())
+            received.push(held, key, np.ones(key.shape(SPEC), np.float32), AS_CACHED, Done())
         received.scatter(None)
         received.release(wait=True)
         scatters.append(runner.rows)
@@ -167,7 +169,7 @@ def test_a_small_block_is_not_padded_to_the_largest_scatter() -> None:
     runner = NumpyRunner(16)
     received = Received(runner)  # type: ignore[arg-type]
     key = SegmentKey(0, 0, (1, 2), (3, 6), (0, 2))
-    received.push(PageAllocator(PAGES, PAGE, SHARDS, SLOTS).reserve("a", 8), key, np.ones(key.shape(SPEC), np.float32), Done())
+    received.push(PageAllocator(PAGES, PAGE, SHARDS, SLOTS).reserve("a", 8), key, np.ones(key.shape(SPEC), np.float32), AS_CACHED, Done())
     received.scatter(None)
     received.release(wait=True)
     assert runner.rows == [8] == [runner.ingest_sizes(0)[0]]
@@ -181,7 +183,7 @@ def test_drop_gives_back_what_is_not_scattered_and_leaves_the_others() -> None:
         held = allocator.reserve(ticket, 20)
         for key, block in random_blocks(random.Random(1), 20):
             dones[ticket].append(Done())
-            received.push(held, key, block, dones[ticket][-1])
+            received.push(held, key, block, AS_CACHED, dones[ticket][-1])
     received.scatter(1)
     received.release(wait=True)
     assert received.pending("a") and received.pending("b")
@@ -199,11 +201,11 @@ def test_blocks_come_back_once_their_last_scatter_is_done_and_after_a_failure() 
     held = PageAllocator(PAGES, PAGE, SHARDS, SLOTS).reserve("a", 20)
     key = SegmentKey(2, 0, (0, 3), (19, 20), (0, 3))
     first, second = Done(), Done()
-    received.push(held, key, np.zeros(key.shape(SPEC), np.float32), first)
+    received.push(held, key, np.zeros(key.shape(SPEC), np.float32), AS_CACHED, first)
     received.scatter(None)
     received.release(wait=False)
     assert first.calls == 0
-    received.push(held, key, np.zeros(key.shape(SPEC), np.float32), second)
+    received.push(held, key, np.zeros(key.shape(SPEC), np.float32), AS_CACHED, second)
     received.clear()
     assert (first.calls, second.calls, received.waiting, received.pending("a")) == (1, 1, False, 0)
 
@@ -226,12 +228,12 @@ def test_a_block_that_belongs_in_no_cache_is_named(key: SegmentKey, field: str) 
     received = Received(NumpyRunner(4))  # type: ignore[arg-type]
     shape = [b - a for a, b in (key.layers, key.tokens, key.heads)]
     with pytest.raises(InvalidInput, match=field):
-        received.check(key, np.zeros((*shape, 1), np.float32), 64)
+        received.check(key, np.zeros((*shape, 1), np.float32), AS_CACHED, 64)
 
 
 def test_a_block_of_another_shape_than_its_key_is_named() -> None:
     received = Received(NumpyRunner(4))  # type: ignore[arg-type]
     key = SegmentKey(2, 0, (1, 2), (9, 10), (0, 3))
-    received.check(key, np.zeros((1, 1, 3, 4), np.float32), 64)
+    received.check(key, np.zeros((1, 1, 3, 4), np.float32), AS_CACHED, 64)
     with pytest.raises(InvalidInput, match="block shape"):
-        received.check(key, np.zeros((1, 1, 3, 5), np.float32), 64)
+        received.check(key, np.zeros((1, 1, 3, 5), np.float32), AS_CACHED, 64)
