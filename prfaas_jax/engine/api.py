@@ -185,10 +185,11 @@ class EngineStatus:
 
 
 class PrefillEngine(Protocol):
-    """Computes prompts and hands out their cache."""
+    """Computes prompts and hands out their cache. `codecs` are the names, besides "none", that it has programs for."""
 
     spec: CacheSpec
     fingerprint: str
+    codecs: tuple[str, ...]
 
     def submit(self, job: Job, sink: Sink) -> None:
         """Queues a prompt. Events: Admitted, (PrefillProgress | SegmentReady)*, PrefillDone; or Failed / Finished("cancelled").
@@ -211,10 +212,15 @@ class PrefillEngine(Protocol):
 
 
 class DecodeEngine(Protocol):
-    """Owns the paged cache of running requests and generates their tokens."""
+    """Owns the paged cache of running requests and generates their tokens. `codecs` as of a PrefillEngine.
+
+    `codec_rates` are what these were measured to do here: (encode, decode) canonical bytes per second by name.
+    """
 
     spec: CacheSpec
     fingerprint: str
+    codecs: tuple[str, ...]
+    codec_rates: dict[str, tuple[float, float]]
 
     def reserve(self, job: Job, sink: Sink) -> None:
         """Queues for pages for prompt + max_new_tokens, and a state slot; Admitted when they are there.

@@ -70,7 +70,8 @@ class DecodeWorker(EngineThread):
 
     def __init__(self, runner: Runner):
         super().__init__("decode-engine")
-        self.spec, self.fingerprint = runner.spec, runner.fingerprint
+        self.spec, self.fingerprint, self.codecs = runner.spec, runner.fingerprint, runner.options.codec_names
+        self.codec_rates = runner.codec_rates
         self._runner = runner
         self._options = runner.options
         self._requests: dict[str, Request] = {}
@@ -98,7 +99,7 @@ class DecodeWorker(EngineThread):
     def reserve(self, job: Job, sink: Sink) -> None:
         """See DecodeEngine.reserve."""
         check_job(job, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
-        check_transfer(job, self.spec, self._options.codec_names)
+        check_transfer(job, self.spec, self.codecs)
         with self._lock:
             if self._queued >= self._options.max_queue:
                 raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={self._options.max_queue})")

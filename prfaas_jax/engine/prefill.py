@@ -123,7 +123,7 @@ class PrefillWorker(EngineThread):
 
     def __init__(self, runner: Runner):
         super().__init__("prefill-engine")
-        self.spec, self.fingerprint = runner.spec, runner.fingerprint
+        self.spec, self.fingerprint, self.codecs = runner.spec, runner.fingerprint, runner.options.codec_names
         self._runner = runner
         self._options = runner.options
         self._pages = new_pages(runner)
@@ -141,7 +141,7 @@ class PrefillWorker(EngineThread):
     def submit(self, job: Job, sink: Sink) -> None:
         """See PrefillEngine.submit."""
         check_prompt(job.prompt, self._runner.config.vocab_size, min(self._options.max_length, self._pages.max_tokens))
-        check_transfer(job, self.spec, self._options.codec_names)
+        check_transfer(job, self.spec, self.codecs)
         with self._lock:
             if self._queued >= self._options.max_queue:
                 raise Exhausted(f"prefill queue is full: {self._queued} prompts wait (max_queue={self._options.max_queue})")

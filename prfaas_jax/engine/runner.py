@@ -1,5 +1,7 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
+import functools
+import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -19,10 +21,11 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.codecs import CODECS, encoded
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
 from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part, layer_blocks
-from prfaas_jax.kvcache.spec import CacheKind, CacheSpec, TensorSpec, cache_spec
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheKind, CacheSpec, TensorSpec, cache_spec
 from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig
+from prfaas_jax.ops.kv_codec import decode, encode
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation, supports
 from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_buckets
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
@@ -32,6 +35,9 @@ CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16"
 
 # A scatter of the smaller size takes this part of the rows of the larger one: a single block of few layers is not padded to all of them.
 _SMALL_INGEST = 8
+
+# What a codec's rate is measured on.
+_RATE_BYTES = 8 << 20
 
 
 def choose_implementations(config: ModelConfig, options: EngineOptions, platform: str) -> tuple[str | None, ...]:
@@ -106,6 +112,7 @@ class Runner:
         self.decode_buckets = decode_buckets(options.max_rows, self.shards)
         self.reset_pools()
         self._warm_count: int | None = None
+        self.codec_rates: dict[str, tuple[float, float]] = {}  # measured by `warmup`
 
     @property
     def _segments(self) -> int | None:
@@ -241,12 +248,25 @@ class Runner:
                 jax.block_until_ready(self.decode(plan_decode([], bucket, width)))
             else:
                 self._warm_ingest()
+        self.codec_rates.update((name, self._codec_rate(name)) for name in self.options.codec_names)
         self._warm_count = compile_count()
 
     def _codecs(self) -> list[tuple[CacheKind, str]]:
         """Kinds that are cached, each with every codec that jobs may ask for."""
         kinds = dict.fromkeys(group.cache.kind for group in self.spec.groups)
         return [(kind, name) for kind in kinds for name in ("none", *self.options.codec_names) if name in CODECS[kind]]
+
+    def _codec_rate(self, name: str) -> tuple[float, float]:
+        """Canonical bytes per second that one device encodes and decodes, on a piece of some tensor that the codec may write."""
+        kinds = [kind for kind, names in CODECS.items() if name in names]
+        tensor = next((g.cache.tensors[0] for g in self.spec.groups if g.cache.kind in kinds), None)
+        if tensor is None:
+            return float("inf"), float("inf")
+        plain = jnp.ones((_RATE_BYTES // (tensor.width * DTYPE_BYTES[tensor.dtype]), tensor.width), tensor.dtype)
+        encode_one = jax.jit(functools.partial(encode, codec=name))
+        decode_one = jax.jit(functools.partial(decode, codec=name, dtype=tensor.dtype, width=tensor.width))
+        wire = encode_one(plain)
+        return _rate(encode_one, plain, plain.nbytes), _rate(decode_one, wire, plain.nbytes)
 
     def _warm_ingest(self) -> None:
         for g, group in enumerate(self.spec.groups):
@@ -259,6 +279,17 @@ class Runner:
     def compiles_after_warmup(self) -> int:
         """XLA compilations in this process since `warmup` ended; 0 before it."""
         return 0 if self._warm_count is None else compile_count() - self._warm_count
+
+
+def _rate(program: Callable[[jax.Array], jax.Array], argument: jax.Array, nbytes: int) -> float:
+    """Bytes per second of a compiled program, at its best of a few."""
+    jax.block_until_ready(program(argument))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready(program(argument))
+        seconds.append(time.perf_counter() - began)
+    return nbytes / min(seconds)
 
 
 def _segment(key: SegmentKey, spec: TensorSpec, values: np.ndarray) -> Segment:

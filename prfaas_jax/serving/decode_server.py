@@ -8,6 +8,7 @@ from typing import Any
 from prfaas_jax.engine import api
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.codec_policy import CodecPolicy
 from prfaas_jax.serving.front import FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Generation, Progress, Site, Write
 from prfaas_jax.serving.peers import PrefillPeers
@@ -22,12 +23,17 @@ class DecodeServerOptions(FrontOptions):
     Attributes:
         idle_s: a remote prefill without any sign of life for so long has failed.
         lanes: connections to each prefill server's lane port; more of them fill a link with a long round trip sooner.
+        codec: how KV travels: none, zstd (lossless), kinds and names as in paged=int8,state=bf16, or auto, which picks by what the link
+            carries.
+        allow_lossy: auto may pick a codec that loses bits.
         max_staging_bytes: received KV of one request that waits for its scatter.
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
     """
 
     idle_s: float = 5.0
     lanes: int = 2
+    codec: str = "none"
+    allow_lossy: bool = False
     max_staging_bytes: int = 64 << 20
     max_unread_bytes: int = 64 << 20
 
@@ -36,6 +42,7 @@ class DecodeServerOptions(FrontOptions):
         for field in ("idle_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
+        CodecPolicy(self.codec, self.allow_lossy)
 
 
 class DecodeServer(GenerationFront):
@@ -49,7 +56,8 @@ class DecodeServer(GenerationFront):
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
         self._peers = PrefillPeers(options, options.lanes)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
-        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits)
+        codecs = CodecPolicy(options.codec, options.allow_lossy)
+        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs)
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,9 @@ from absl import logging
 
 from prfaas_jax.engine import api
 from prfaas_jax.errors import EngineFailed, TransferError
+from prfaas_jax.kvcache.codecs import AS_CACHED, CacheCodec
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.codec_policy import AUTO, CodecPolicy, Travel
 from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.peers import PrefillPeers, link_to_proto
 from prfaas_jax.serving.proto import generation_pb2
@@ -36,6 +38,7 @@ class Site:
     idle_s: float
     max_staging_bytes: int
     max_unread_bytes: int
+    codecs: CodecPolicy
 
 
 @dataclasses.dataclass
@@ -65,6 +68,8 @@ class Generation:
         self._over = False
         self._remote: RemoteResult | None = None
         self._resumes, self._recomputed_there = 0, 0
+        self._held_tokens = 0
+        self._travel = Travel(AS_CACHED, False, "nothing travels")
         self._counters = Counters()
         self._computed_here: list[tuple[int, float]] = []
         self._local: api.PrefillDone | None = None
@@ -85,7 +90,8 @@ class Generation:
             sampling = dataclasses.replace(sampling, stop_token_ids=sampling.stop_token_ids + self._site.eos_ids)
         text = TextStream(self._site.tokenizer, tuple(request.stop_strings))
         try:
-            await self._reserve(prompt, sampling)
+            await self._choose_codec()
+            await self._reserve(prompt, sampling, self._travel.codec)
             self.marks.reserved = time.monotonic()
             if request.placement.prefill_address:
                 await self._prefill_remotely()
@@ -98,16 +104,25 @@ class Generation:
 
     # --- phases --------------------------------------------------------------------------------------------------------------
 
-    async def _reserve(self, prompt: tuple[int, ...], sampling: api.SamplingParams) -> None:
+    async def _choose_codec(self) -> None:
+        """How the cache of a remote prefill is to travel: before pages are reserved, as the engine must know what comes."""
+        address, site = self._request.placement.prefill_address, self._site
+        if not address:
+            return
+        theirs = await site.peers.codecs(address) if site.codecs.wanted == AUTO else ()
+        self._travel = site.codecs.decide(site.engine.spec, site.engine.codecs, theirs, site.peers.link(address), site.engine.codec_rates)
+
+    async def _reserve(self, prompt: tuple[int, ...], sampling: api.SamplingParams, codec: CacheCodec = AS_CACHED) -> None:
         """A fresh ticket with pages of its own."""
         self._progress.phase = "queue"
         self._events = EventQueue(self._site.max_unread_bytes, _weigh)
-        job = api.Job(uuid.uuid4().hex, prompt, sampling)
+        job = api.Job(uuid.uuid4().hex, prompt, sampling, codec)
         self._site.engine.reserve(job, self._events.push)
         self._job, self._over = job, False
         event, _ = await self._next()
         if not isinstance(event, api.Admitted):
             raise EngineFailed(f"the engine said {type(event).__name__} where Admitted was due")
+        self._held_tokens = event.held_tokens
 
     async def _prefill_remotely(self) -> None:
         """Leaves the result in `_remote`; when that fails and a fallback is allowed, a fresh reservation and the failure instead."""
@@ -122,6 +137,8 @@ class Generation:
             deadline=self._deadline,
             idle_s=self._site.idle_s,
             max_staging_bytes=self._site.max_staging_bytes,
+            prefix=self._held_tokens,
+            compressed=self._travel.compressed,
         )
         try:
             self._remote = result = await self._watched(attempt)
@@ -288,6 +305,7 @@ class Generation:
             tokens_recomputed=self.fallback.tokens if self.fallback else self._counters.recomputed_tokens + self._recomputed_there,
             resumes=self._resumes,
             kv_bytes_wire=self._counters.wire,
+            codec=self._travel.name if remote else "",
             exposed_bound_s=(remote.exposed_bound_s or 0.0) if remote else 0.0,
             link=link_to_proto(remote.address, remote.link) if remote else None,
             parts=parts,

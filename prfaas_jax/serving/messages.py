@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import grpc
 import numpy as np
 
-from prfaas_jax.engine.api import EngineStatus, SamplingParams, Token
+from prfaas_jax.engine.api import EngineStatus, PrefillEngine, SamplingParams, Token
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput, PeerMismatch, PrfaasError
+from prfaas_jax.kvcache.codecs import AS_CACHED, CacheCodec
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2
@@ -80,12 +81,27 @@ def status_to_proto(status: EngineStatus) -> common_pb2.EngineStatus:
     )
 
 
-def manifest(spec: CacheSpec, length: int) -> prefill_pb2.Manifest:
-    """What a request of `length` tokens leaves behind, in canonical bytes."""
+def manifest(spec: CacheSpec, length: int, prefix: int = 0, codec: CacheCodec = AS_CACHED) -> prefill_pb2.Manifest:
+    """What a request of `length` tokens leaves behind, in canonical bytes, and how much travels when `prefix` tokens are there already."""
+    wire_bytes = codec.wire_spec(spec).bytes(length, prefix)
     groups = [
         prefill_pb2.Manifest.Group(kind=group.cache.kind, layers=len(group.layers), bytes=group.bytes(length)) for group in spec.groups
     ]
-    return prefill_pb2.Manifest(length=length, bytes=spec.bytes(length), groups=groups, wire_bytes=spec.bytes(length))
+    return prefill_pb2.Manifest(length=length, bytes=spec.bytes(length), groups=groups, prefix=prefix, wire_bytes=wire_bytes)
+
+
+def agree_codec(wanted: Sequence[str], engine: PrefillEngine) -> CacheCodec:
+    """The first of the wanted codecs that an engine has programs for; as cached when none is asked for.
+
+    Raises InvalidInput for one that is malformed, or when there is none.
+    """
+    for text in wanted:
+        codec = CacheCodec.parse(text)
+        if {codec.of(group.cache.kind) for group in engine.spec.groups} <= {"none", *engine.codecs}:
+            return codec
+    if wanted:
+        raise InvalidInput("codecs", list(wanted), f"one made of {('none', *engine.codecs)}, which this server has programs for")
+    return AS_CACHED
 
 
 def check_peer(pairs: Sequence[tuple[str, object, object]]) -> None:

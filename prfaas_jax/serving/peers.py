@@ -2,18 +2,22 @@
 
 import asyncio
 import dataclasses
+import time
 from typing import Any
 
 import grpc
 
 from prfaas_jax.serving.control_plane import control_channel
-from prfaas_jax.serving.proto import generation_pb2, prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.serving.proto import common_pb2, generation_pb2, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.link import LinkEstimate
 from prfaas_jax.transfer.security import Security
 
 # Release is a courtesy: the lease of the other side ends what this does not reach.
 _RELEASE_S = 2.0
+# What a server can do changes only when it is restarted.
+_ABILITIES_S = 30.0
+_STATUS_S = 2.0
 
 
 class PrefillPeers:
@@ -24,6 +28,7 @@ class PrefillPeers:
         self._channels: dict[str, Any] = {}
         self._groups: dict[str, LaneGroup] = {}
         self._senders: dict[str, str] = {}  # lane address -> prefill server that named it last
+        self._codecs: dict[str, tuple[float, tuple[str, ...]]] = {}  # when asked, what was answered
         self._releases: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> prefill_pb2_grpc.PrefillStub:
@@ -39,6 +44,25 @@ class PrefillPeers:
             if address not in self._groups or not self._groups[address].alive:
                 self._groups[address] = LaneGroup(address, self._lanes, self.security)
         return [self._groups[address] for address in dict.fromkeys(lane_addresses)]
+
+    def link(self, prefill_address: str) -> LinkEstimate | None:
+        """The link from a prefill server as it is measured now; None before its lanes are known."""
+        for address, group in self._groups.items():
+            if self._senders[address] == prefill_address and group.alive:
+                return group.estimate()
+        return None
+
+    async def codecs(self, prefill_address: str) -> tuple[str, ...]:
+        """Names of device codecs that a prefill server has programs for; none while it does not answer."""
+        now = time.monotonic()
+        known = self._codecs.get(prefill_address)
+        if known is None or now - known[0] > _ABILITIES_S:
+            try:
+                status = await self.stub(prefill_address).Status(common_pb2.StatusRequest(), timeout=_STATUS_S)
+            except grpc.RpcError:
+                return ()  # the prefill itself will say why
+            known = self._codecs[prefill_address] = now, tuple(status.codecs)
+        return known[1]
 
     def links(self) -> list[generation_pb2.Link]:
         """Every link as it is measured now."""

@@ -204,6 +204,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             staged_bytes=self._outbox.bytes_held,
             streams=self._attached,
             draining=self._plane.draining,
+            codecs=self._engine.codecs,
         )
 
     @property
@@ -227,8 +228,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidInput("prompt", (), "at least one token id")
         if self._attached >= self._options.max_requests:
             raise Exhausted(f"{self._attached} prompts are being served (max_requests={self._options.max_requests})")
-        ticket = self._outbox.open(len(request.prompt))
-        job = api.Job(ticket.hex, tuple(request.prompt), sampling)
+        codec, prefix = messages.agree_codec(request.codecs, self._engine), request.decode_has_tokens
+        if prefix > len(request.prompt):
+            raise InvalidInput("decode_has_tokens", prefix, f"at most the prompt's {len(request.prompt)} tokens")
+        ticket = self._outbox.open(len(request.prompt), spec=codec.wire_spec(self._engine.spec), prefix=prefix)
+        job = api.Job(ticket.hex, tuple(request.prompt), sampling, codec, prefix)
         stream = _Stream(ticket, job, EventQueue(_MAX_UNREAD_BYTES), time.monotonic())
         try:
             self._engine.submit(job, lambda event: self._on_event(stream, event))
@@ -246,11 +250,12 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         return stream
 
     def _accepted(self, stream: _Stream) -> prefill_pb2.Accepted:
-        epoch = stream.ticket.epoch
+        epoch, job = stream.ticket.epoch, stream.job
         return prefill_pb2.Accepted(
             ticket=stream.ticket.id,
             epoch=epoch,
-            manifest=messages.manifest(self._engine.spec, len(stream.job.prompt)),
+            manifest=messages.manifest(self._engine.spec, len(job.prompt), job.held_tokens, job.codec),
+            codec=str(job.codec),
             lanes=[prefill_pb2.Lane(address=self._options.advertise_lane or self.lane_address, epoch=epoch)],
         )
 

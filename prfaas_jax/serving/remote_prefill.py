@@ -110,13 +110,19 @@ class RemotePrefill:
         deadline: float,
         idle_s: float,
         max_staging_bytes: int,
+        prefix: int = 0,
+        compressed: bool = False,
     ):
         """`job` holds reserved pages in `engine`; `deadline` is in monotonic seconds; `executor` has two threads to wait in.
 
-        `addresses` are tried in turn. `idle_s` without a control message, a byte or a scatter ends an attempt.
+        `addresses` are tried in turn. Of the prompt, `prefix` tokens are in the engine's pages already. The cache travels as the job's
+        codec says, and, with `compressed`, in compressed messages where that saves bytes. `idle_s` without a control message, a byte or a
+        scatter ends an attempt.
         """
         self._engine, self._job, self._addresses, self._peers, self._executor = engine, job, addresses, peers, executor
         self._deadline, self._idle_s, self._max_staging_bytes = deadline, idle_s, max_staging_bytes
+        self._prefix, self._compressed = prefix, compressed
+        self._wire_spec = job.codec.wire_spec(engine.spec)
         self._puller: Puller | None = None
         self.resumes, self.recomputed = 0, 0
         self._begin(addresses[0])
@@ -178,6 +184,8 @@ class RemotePrefill:
             prompt=self._job.prompt,
             sampling=messages.sampling_to_proto(self._job.sampling),
             want_logits=self._job.sampling.return_logits,
+            decode_has_tokens=self._prefix,
+            codecs=[str(self._job.codec)],
         )
 
     async def _accept(self, control: ControlStream) -> prefill_pb2.Accepted:
@@ -187,7 +195,9 @@ class RemotePrefill:
         self.timeline.accepted = time.monotonic()
         self._phase = "prefill"
         control.accepted(accepted.ticket, accepted.epoch)
-        expected = messages.manifest(self._engine.spec, len(self._job.prompt))
+        if accepted.codec != str(self._job.codec):
+            raise PeerMismatch("codec", str(self._job.codec), accepted.codec)
+        expected = messages.manifest(self._engine.spec, len(self._job.prompt), self._prefix, self._job.codec)
         if accepted.manifest != expected:
             raise PeerMismatch("manifest", str(expected).replace("\n", " "), str(accepted.manifest).replace("\n", " "))
         # Head slices come with sharded export; what a lane carries is in its messages either way, and the puller proves coverage.
@@ -198,8 +208,16 @@ class RemotePrefill:
     async def _transfer(self, control: ControlStream, accepted: prefill_pb2.Accepted) -> Counters:
         """Runs control stream and lanes side by side; the first to fail ends both."""
         if self._puller is None:
-            spec, length, staging = self._engine.spec, len(self._job.prompt), self._max_staging_bytes
-            self._puller = Puller(spec, length, self._on_block, idle_s=self._idle_s, max_staging_bytes=staging)
+            self._puller = Puller(
+                self._engine.spec,
+                len(self._job.prompt),
+                self._on_block,
+                codec=self._job.codec,
+                prefix=self._prefix,
+                compressed=self._compressed,
+                idle_s=self._idle_s,
+                max_staging_bytes=self._max_staging_bytes,
+            )
         puller, groups = self._puller, self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
         puller.start(accepted.ticket, accepted.epoch, groups)
         pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.wire_bytes)
@@ -243,8 +261,8 @@ class RemotePrefill:
                     self.timeline.progress.append((self._tokens, time.monotonic()))
             case "segment_ready":
                 key = messages.key_from_proto(event.segment_ready)
-                key.check(self._engine.spec, len(self._job.prompt))
-                self._ready.append((event.segment_ready.ready_s, key.nbytes(self._engine.spec)))
+                key.check(self._wire_spec, len(self._job.prompt), self._prefix)
+                self._ready.append((event.segment_ready.ready_s, key.nbytes(self._wire_spec)))
             case "first_token":
                 self._first = messages.token_from_proto(event.first_token.token)
             case "done":
@@ -282,8 +300,8 @@ class RemotePrefill:
         assert done is not None
         if first is None:
             raise TransferError("the prefill is done but sent no first token")
-        if done.bytes != counters.moved + counters.skipped:
-            raise TransferError(f"the prefill exported {done.bytes} bytes, {counters.moved + counters.skipped} came")
+        if done.bytes != accepted.manifest.wire_bytes:
+            raise TransferError(f"the prefill exported {done.bytes} bytes, {accepted.manifest.wire_bytes} were announced")
         elapsed = now - self.timeline.started
         if min(done.queue_s, done.prefill_s) < 0 or done.queue_s + done.prefill_s > elapsed + _CLOCK_SLACK_S:
             raise TransferError(f"the prefill reports {done.queue_s:.3f} + {done.prefill_s:.3f} s, but only {elapsed:.3f} s have passed")

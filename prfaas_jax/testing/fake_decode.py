@@ -65,7 +65,8 @@ class FakeDecodeEngine(EngineThread):
 
     def __init__(self, spec: CacheSpec, fingerprint: str, options: FakeDecodeOptions):
         super().__init__("fake-decode")
-        self.spec, self.fingerprint = spec, fingerprint
+        self.spec, self.fingerprint, self.codecs = spec, fingerprint, CODEC_NAMES
+        self.codec_rates: dict[str, tuple[float, float]] = dict.fromkeys(CODEC_NAMES, (1e9, 1e9))
         self._options = options
         self._lock = threading.Lock()
         self._queued = 0
@@ -85,7 +86,7 @@ class FakeDecodeEngine(EngineThread):
                 raise Exhausted(f"decode queue is full: {self._queued} requests wait (max_queue={options.max_queue})")
             self._queued += 1
         pages = -(-(len(job.prompt) + job.sampling.max_new_tokens) // options.page_size)
-        api.check_transfer(job, self.spec, CODEC_NAMES)
+        api.check_transfer(job, self.spec, self.codecs)
         held = min(options.held_tokens, len(job.prompt))
         request = _Request(job, sink, pages, self._held_coverage(len(job.prompt), held), held)
         self._post(functools.partial(self._enqueue, request))

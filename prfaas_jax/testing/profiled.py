@@ -133,7 +133,7 @@ class ProfiledPrefillEngine:
                 raise InvalidInput(field, value, "a positive integer")
         if layers_per_segment is not None and layers_per_segment < 1:
             raise InvalidInput("layers_per_segment", layers_per_segment, "a positive integer, or None for all")
-        self.spec, self.fingerprint = spec, fingerprint
+        self.spec, self.fingerprint, self.codecs = spec, fingerprint, CODEC_NAMES
         rate = tokens_per_s or 1.0
         self._seconds = seconds or (lambda tokens: tokens / rate)
         self._chunk, self._seed, self._shards, self._layers = chunk, seed, shards, layers_per_segment
@@ -150,7 +150,7 @@ class ProfiledPrefillEngine:
     def submit(self, job: Job, sink: Sink) -> None:
         """See `PrefillEngine.submit`. Raises InvalidInput, Exhausted, or EngineFailed after `close`."""
         check_job(job, self._vocab_size, self._max_length)
-        check_transfer(job, self.spec, CODEC_NAMES)
+        check_transfer(job, self.spec, self.codecs)
         with self._changed:
             if self._closed:
                 raise EngineFailed("engine is closed")

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.kvcache.spec import DTYPE_BYTES
 from prfaas_jax.transfer import wire
+from prfaas_jax.transfer.compression import compress
 from prfaas_jax.transfer.flow import Flow, Sent
 from prfaas_jax.transfer.frames import End, Failed, Frame, Open
 from prfaas_jax.transfer.outbox import Held, Outbox, StaleEpoch, UnknownTicket
@@ -318,10 +320,16 @@ class Dispatcher:
         """Outside the lock: a copy and a checksum, the larger part of a sender's work."""
         sending, key = piece.sending, piece.segment.key
         ticket, dtype = sending.held.ticket, key.tensor_spec(sending.held.spec).dtype
-        payload = piece.segment.payload
-        place = (piece.offset, payload.nbytes, piece.nbytes)
-        header = wire.Header(ticket.id, ticket.epoch, sequence, key, dtype, *place, sending.checked, piece.again, backlog)
-        return wire.encode(header, payload[piece.offset : piece.offset + piece.nbytes])
+        whole = piece.segment.payload
+        payload = whole[piece.offset : piece.offset + piece.nbytes]
+        compressed = False
+        if sending.compressed:
+            frame = compress(payload, DTYPE_BYTES[dtype])
+            if compressed := len(frame) < piece.nbytes:
+                payload = memoryview(frame)
+        place = (piece.offset, whole.nbytes, piece.nbytes)
+        header = wire.Header(ticket.id, ticket.epoch, sequence, key, dtype, *place, sending.checked, piece.again, backlog, compressed)
+        return wire.encode(header, payload)
 
     def _acknowledge(self, stream: Stream, received: int) -> None:
         now = self._clock()

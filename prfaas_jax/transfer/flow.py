@@ -21,6 +21,8 @@ _RATE_MEMORY_S = 2.0
 _FORGET_RTT_S = 10.0
 # Pieces in a window: small enough that a short transfer gets its turn, unless Python's cost per piece rules.
 _PIECES = 8
+# No piece ends inside an element, nor in the middle of a page.
+_ALIGN_BYTES = 4096
 MIN_PIECE_BYTES = 64 << 10
 
 
@@ -74,7 +76,7 @@ class Flow:
     def piece_bytes(self) -> int:
         """Bytes of the next piece at most."""
         # The first one is small: its round trip is taken for the link's.
-        wanted = MIN_PIECE_BYTES if self.bytes_per_s is None else self.window // _PIECES
+        wanted = MIN_PIECE_BYTES if self.bytes_per_s is None else self.window // _PIECES // _ALIGN_BYTES * _ALIGN_BYTES
         return min(self._message_bytes, max(MIN_PIECE_BYTES, wanted))
 
     def send(self, nbytes: int, now: float) -> Sent:

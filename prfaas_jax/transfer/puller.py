@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput, PrfaasError, TransferError
-from prfaas_jax.kvcache.codecs import CacheCodec
+from prfaas_jax.kvcache.codecs import AS_CACHED, CacheCodec
 from prfaas_jax.kvcache.segments import SegmentKey
-from prfaas_jax.kvcache.spec import CacheSpec
+from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheSpec
 from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.assembly import Assembly, Block
+from prfaas_jax.transfer.compression import decompress
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.lanes import LaneGroup
 
+# Grants are said in about so many parts of the staging.
+_GRANTS = 8
 # A callback that hangs is waited for no longer than this.
 _JOIN_S = 5.0
 
@@ -49,7 +52,7 @@ class Puller:
         length: int,
         on_block: OnBlock,
         *,
-        codec: CacheCodec = CacheCodec(),  # noqa: B008 - frozen
+        codec: CacheCodec = AS_CACHED,
         prefix: int = 0,
         checked: bool = True,
         compressed: bool = False,
@@ -189,15 +192,18 @@ class Puller:
 
     def _take(self, source: "_Source", header: wire.Header, payload: memoryview) -> None:
         header.check(self._wire_spec, self._length, self._prefix)
+        nbytes = payload.nbytes
+        if header.compressed:
+            payload = memoryview(decompress(payload, header.raw_bytes, DTYPE_BYTES[header.dtype]))
         with self._changed:
             if self._error is not None or self._sources.get(source.group) is not source:
                 return
             self._progress = self._moved = time.monotonic()
-            self._wire_bytes += payload.nbytes
+            self._wire_bytes += nbytes
             moved = self._assembly.moved
             block = self._assembly.claim(header, payload)
             if self._assembly.moved == moved:  # it was here already
-                source.grant(payload.nbytes)
+                source.grant(payload.nbytes, now=True)
                 return
             owed = self._owed.setdefault(self._assembly.whole(header.key), {})
             owed[source] = owed.get(source, 0) + payload.nbytes
@@ -227,6 +233,10 @@ class Puller:
                 current = source if self._sources.get(source.group) is source else next(iter(self._sources.values()), None)
                 if current is not None:
                     current.grant(nbytes)
+            if not self._in_flight:
+                # What is not said must not be what a block that has begun waits for.
+                for source in self._sources.values():
+                    source.grant(0, now=True)
 
     def _ended(self) -> None:
         with self._changed:
@@ -240,12 +250,16 @@ class _Source:
 
     def __init__(self, puller: Puller, group: LaneGroup, ticket: bytes, granted: int):
         self._puller, self.group, self._ticket, self.granted = puller, group, ticket, granted
+        self._unsaid, self._much = 0, granted // _GRANTS
         self.over = False
 
-    def grant(self, nbytes: int) -> None:
-        """Room for so many more; with the puller's lock held."""
+    def grant(self, nbytes: int, now: bool = False) -> None:
+        """Room for so many more, which the sender hears `now` or when it has become much; with the puller's lock held."""
         self.granted += nbytes
-        self.group.grant(self._ticket, self.granted)
+        self._unsaid += nbytes
+        if self._unsaid and (now or self._unsaid >= self._much):
+            self._unsaid = 0
+            self.group.grant(self._ticket, self.granted)
 
     def take(self, header: wire.Header, payload: memoryview) -> None:
         """See Receiver.take."""

@@ -163,7 +163,7 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "protocol_version", "tickets", "staged_bytes", "streams", "draining")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "protocol_version", "tickets", "staged_bytes", "streams", "draining", "codecs")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class PrefillStatus(_message.Message):
     STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -180,4 +181,5 @@ class PrefillStatus(_message.Message):
     staged_bytes: int
     streams: int
     draining: bool
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: bool = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
