@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +34,9 @@ class JsonChild:
         pid: its process id.
     """
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, ready_s: float = 60.0):
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, ready_s: float = 60.0, cwd: Path | None = None
+    ):
         """Starts nothing yet.
 
         Args:
@@ -40,8 +44,9 @@ class JsonChild:
             command: program and arguments.
             env: its whole environment; None is this process's own.
             ready_s: seconds until it must be ready.
+            cwd: its working directory; None is this process's own.
         """
-        self._name, self._command, self._ready_s = name, list(command), ready_s
+        self._name, self._command, self._ready_s, self._cwd = name, list(command), ready_s, cwd
         self._env = dict(os.environ if env is None else env)
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.ready: dict[str, Any] = {}
@@ -54,6 +59,7 @@ class JsonChild:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=self._env,
+            cwd=self._cwd,
             start_new_session=True,  # ctrl-C reaches the parent alone
         )
         self.pid = self._process.pid
@@ -62,6 +68,7 @@ class JsonChild:
         try:
             self.ready = self._next(self._ready_s)
         except BaseException as error:
+            self._process.kill()
             self.__exit__(None, None, None)
             if isinstance(error, ChildFailed):
                 raise LaunchFailed(str(error)) from error
@@ -71,6 +78,7 @@ class JsonChild:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         stdin = self._process.stdin
         assert stdin is not None
+        self.thaw()
         with contextlib.suppress(OSError):
             stdin.close()
         try:
@@ -99,6 +107,14 @@ class JsonChild:
     def answer(self, deadline_s: float) -> dict[str, Any]:
         """Its next line; raises ChildFailed likewise."""
         return self._next(deadline_s)
+
+    def freeze(self) -> None:
+        """Stops it where it is, until `thaw`; it would not see the end of its stdin meanwhile."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def _next(self, deadline_s: float) -> dict[str, Any]:
         try:
