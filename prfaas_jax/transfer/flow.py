@@ -10,9 +10,11 @@ import dataclasses
 
 # Before anything is known of the link.
 START_WINDOW_BYTES = 2 << 20
-# A window is at least what leaves in so long, or a LAN with a few milliseconds of scheduling noise would run dry; and within these sizes.
+# A window is at least what leaves in so long, or threads that get their turn late would let a LAN run dry; on a link that is faster than
+# a busy core it is more, since there the window would else decide the rate that it is made from. And within these sizes.
 _NOISE_S = 0.01
-_MIN_FLOOR_BYTES, _MAX_FLOOR_BYTES = 512 << 10, 8 << 20
+_FAST_BYTES_PER_S = 500e6
+_MIN_FLOOR_BYTES, _MAX_FLOOR_BYTES = 512 << 10, 32 << 20
 # What one reader's grants and a sender's memory have to stand at most: 100 Gbit/s at 20 ms.
 MAX_WINDOW_BYTES = 256 << 20
 _GAIN = 2.0
@@ -69,7 +71,7 @@ class Flow:
         rate = self.bytes_per_s
         if rate is None or self._rtt_s is None:
             return START_WINDOW_BYTES
-        floor = min(max(rate * _NOISE_S, _MIN_FLOOR_BYTES), _MAX_FLOOR_BYTES)
+        floor = min(max(rate * _NOISE_S * (1 + rate / _FAST_BYTES_PER_S), _MIN_FLOOR_BYTES), _MAX_FLOOR_BYTES)
         return int(min(max(_GAIN * rate * self._rtt_s, floor), MAX_WINDOW_BYTES))
 
     @property

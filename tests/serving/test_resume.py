@@ -178,6 +178,7 @@ def test_the_link_is_measured_and_reported():
     assert link.prefill_address == usage.link.prefill_address == control.address
     assert usage.link.bytes_per_s * 8 == pytest.approx(0.02e9, rel=0.25)
     assert 0 < usage.link.rtt_s < 1
-    # A million tokens per second: the link is all there is, and nothing of it is hidden.
-    assert usage.exposed_bound_s == pytest.approx(SPEC.bytes(4000) / usage.link.bytes_per_s, rel=0.1)
-    assert usage.exposed_bound_s * 0.9 < usage.parts.exposed_transfer < usage.exposed_bound_s * 1.5 + 0.1
+    # The link is all that takes time: what it takes is exposed, but for what the prompt took to compute.
+    parts, alone_s = usage.parts, SPEC.bytes(4000) / usage.link.bytes_per_s
+    assert 0.9 * alone_s - parts.prefill - parts.queue < usage.exposed_bound_s < 1.01 * alone_s
+    assert usage.exposed_bound_s * 0.9 < parts.exposed_transfer < usage.exposed_bound_s * 1.5 + 0.2
