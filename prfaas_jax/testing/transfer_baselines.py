@@ -199,6 +199,8 @@ class Mooncake(Pair):
     """mooncake-transfer-engine, protocol tcp, peer-to-peer handshake, else at its defaults.
 
     `write`: the sender writes into the receiver's memory, as its users move KV from prefill to decode; else the receiver reads.
+    Its usual wheel does not load without a CUDA driver. Where there is none take mooncake-transfer-engine-non-cuda, which still wants
+    libibverbs, libmlx5 and libnl (Debian: libibverbs1, ibverbs-providers, libnl-3-200, libnl-route-3-200).
     """
 
     def __init__(
