@@ -66,24 +66,25 @@ class WholeSequence:
 
 def _dense_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K Hv"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     scale: float,
     window: int | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N Hv"]:
-    """Causal attention of a sequence over itself, softmax in float32; the [T, T] scores are materialised."""
+    """Causal attention of a sequence's last T tokens over all S of it, softmax in float32; the [T, S] scores are materialised."""
     batch, length, heads, dim = q.shape
     group = heads // k.shape[2]
     grouped = q.reshape(batch, length, k.shape[2], group, dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    behind = jnp.arange(length)[:, None] - jnp.arange(length)
-    visible = (behind >= 0) & (behind <= (length if window is None else window))
+    total = k.shape[1]
+    behind = jnp.arange(total - length, total)[:, None] - jnp.arange(total)
+    visible = (behind >= 0) & (behind <= (total if window is None else window))
     scores = jnp.where(visible, scores, -jnp.inf)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.reshape(1, -1, group, 1, 1), (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sink], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :total].astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, v.shape[-1])
 
 

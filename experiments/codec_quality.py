@@ -1,0 +1,149 @@
+"""What each codec saves and costs: bytes, time, and what a model predicts from a cache that went through it.
+
+    python -m experiments.codec_quality [--models=smollm2_135m,hybrid_bench] [--tokens=20480] [--workdir=results/codec_quality]
+
+Per window the first --prefix tokens are prefilled, their cache is encoded and decoded, and the --scored tokens that follow run over it,
+teacher-forced, beside the same over the exact cache. SmolLM2-135M-Instruct (real weights, fetched once) reads eight chapters of Persuasion;
+any other model has random weights and random ids, of which there is no perplexity worth a name. Rates are medians on this machine: device
+codecs on all its cores, zstd on one. The last line is JSON; INVALID and exit code 1 when int8 changes SmolLM2's perplexity by 0.5 % or more
+(upper end of the 95 % interval), or makes its bytes less than 1.9 times fewer than bfloat16's.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from prfaas_jax.errors import InvalidInput
+from prfaas_jax.results import Workdir, headline
+from prfaas_jax.serving.process import run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from prfaas_jax.models.checkpoint import Loaded
+    from prfaas_jax.sharding import Sharder
+
+REAL = "smollm2_135m"
+MODELS = flags.DEFINE_list("models", [REAL, "hybrid_bench"], f"{REAL} (real weights), or model configs (random ones)")
+TOKENS = flags.DEFINE_integer("tokens", 20480, "tokens scored with real weights", lower_bound=2)
+RANDOM_TOKENS = flags.DEFINE_integer("random_tokens", 4096, "tokens scored with random weights", lower_bound=2)
+PREFIX = flags.DEFINE_integer("prefix", 512, "tokens whose cache goes through the codec", lower_bound=1)
+SCORED = flags.DEFINE_integer("scored", 512, "tokens that follow each prefix", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "seed of random weights and ids")
+WORKDIR = flags.DEFINE_string("workdir", None, "where to keep windows, rows, summary and the picture")
+
+# What int8 must hold on real weights.
+MAX_PERPLEXITY_CHANGE, MIN_RATIO_BF16 = 0.005, 1.9
+JUDGED = "paged=int8"
+_PERPLEXITIES = ("perplexity", "perplexity_change", "low", "high")
+
+
+def draw(workdir: Path) -> None:
+    """Writes figure.png from rows.json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = json.loads((workdir / "rows.json").read_text())
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, (quality, perplexity, speed) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for model, marker in zip(models, "osD^v", strict=False):
+        mine = [row for row in rows if row["model"] == model]
+        lossy = [row for row in mine if row["kl"]]
+        quality.semilogy([row["ratio_bf16"] for row in lossy], [row["kl"] for row in lossy], marker, label=model)
+        for row in lossy:
+            quality.annotate(row["codec"], (row["ratio_bf16"], row["kl"]), fontsize=7, textcoords="offset points", xytext=(4, 4))
+        coded = [row for row in mine if row["encode_gb_s"]]
+        speed.loglog([r["encode_gb_s"] for r in coded], [r["decode_gb_s"] for r in coded], marker, label=model)
+        for row in coded:
+            speed.annotate(row["codec"], (row["encode_gb_s"], row["decode_gb_s"]), fontsize=7, textcoords="offset points", xytext=(4, 4))
+    real = [row for row in rows if row["perplexity"] and row["kl"]]
+    for at, row in enumerate(real):
+        low, change, high = (100 * row[key] for key in ("low", "perplexity_change", "high"))
+        perplexity.errorbar(change, at, xerr=[[change - low], [high - change]], fmt="o", capsize=3)
+    perplexity.axvline(0, color="gray", lw=0.8)
+    perplexity.set_yticks(range(len(real)), [row["codec"] for row in real])
+    perplexity.set(title="SmolLM2's perplexity, 95 % intervals", xlabel="change, %", ylim=(-0.5, len(real) - 0.5))
+    quality.set(title="divergence from the exact cache", xlabel="bfloat16 bytes / wire bytes", ylabel="mean KL, nats")
+    speed.set(title="rates on this machine", xlabel="encode, GB/s of cache", ylabel="decode, GB/s of cache")
+    for axis in (quality, speed):
+        axis.margins(0.25)
+        axis.legend(fontsize=8)
+    figure.savefig(workdir / "figure.png", dpi=120)
+
+
+def _violations(row: dict[str, Any]) -> list[str]:
+    """What int8 does not hold."""
+    found = []
+    if max(-row["low"], row["high"]) >= MAX_PERPLEXITY_CHANGE:
+        found.append(
+            f"{JUDGED} changes perplexity by {row['low']:.3%} to {row['high']:.3%}: less than {MAX_PERPLEXITY_CHANGE:.1%} expected"
+        )
+    if row["ratio_bf16"] < MIN_RATIO_BF16:
+        found.append(f"{JUDGED} makes bfloat16 {row['ratio_bf16']:.3f} times smaller: at least {MIN_RATIO_BF16} expected")
+    return found
+
+
+def _load(model: str, shard: "Sharder") -> tuple["Loaded", "np.ndarray"]:
+    """The model, and the ids that it is given."""
+    import numpy as np
+
+    from configs.models import load_model_config
+    from prfaas_jax.models import checkpoint, smollm2
+    from prfaas_jax.models.tokenizer import Tokenizer
+    from prfaas_jax.testing.passages import persuasion
+
+    scored = TOKENS.value if model == REAL else RANDOM_TOKENS.value
+    count = PREFIX.value + -(-scored // SCORED.value) * SCORED.value + 1
+    if model == REAL:
+        path = smollm2.fetch()
+        ids = np.array(Tokenizer.load(path).encode(persuasion()))
+        if len(ids) < count:
+            raise InvalidInput("tokens", scored, f"at most {len(ids) - PREFIX.value - 1}, which the text has behind the first prefix")
+        return checkpoint.load(path, shard), ids[:count]
+    loaded = checkpoint.load(f"random:{model}@{SEED.value}", shard, random_config=load_model_config)
+    return loaded, np.random.default_rng(SEED.value).integers(0, loaded.config.vocab_size, count)
+
+
+def main(argv: list[str]) -> None:
+    """Measures each model, judges int8 on the real one."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    import jax
+
+    from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
+    from prfaas_jax.testing.codec_report import measure, text_table
+
+    workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
+    shard = Sharder(make_mesh(MeshSpec(), jax.devices()[:1]), "prefill")
+    rows: list[dict[str, Any]] = []
+    for model in MODELS.value:
+        loaded, ids = _load(model, shard)
+        table, windows = measure(loaded.config, loaded.params, ids, PREFIX.value, SCORED.value, shard)
+        print(text_table(model, table, model == REAL), file=sys.stderr)
+        if model != REAL:
+            table = [row | dict.fromkeys(_PERPLEXITIES) for row in table]
+        rows += [{"model": model, **row} for row in table]
+        if workdir:
+            workdir.write_rows(f"windows_{model}.csv", [dataclasses.asdict(w) for w in windows])
+    broken = [why for row in rows if (row["model"], row["codec"]) == (REAL, JUDGED) for why in _violations(row)]
+    for why in broken:
+        print(f"INVALID: {why}", file=sys.stderr)
+    result = {"passed": not broken, "rows": rows}
+    if workdir:
+        workdir.write_config(flags.FLAGS.flag_values_dict())
+        workdir.write_env()
+        workdir.write_json("rows.json", rows)
+        draw(workdir.path)
+        workdir.write_summary(result)
+    headline(result)
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    run_main(main)
