@@ -1,6 +1,6 @@
 """The sending end of lanes: a synchronous gRPC server on its own port that streams an outbox's messages.
 
-Synchronous and apart from the control plane, so that it can move into processes of its own (`transfer/sender_process.py`).
+Synchronous and apart from the control plane, so that it can move into processes of its own.
 
 Copies of a payload on this side, after the engine's export: one into the message with its header, because gRPC's Python layer takes
 nothing but whole `bytes`; one from there into gRPC's own slice; one into the kernel. The last two are not ours to save.

@@ -46,14 +46,14 @@ def test_any_flipped_bit_is_refused(frame, data):
         frames.decode(bytes(message))
 
 
-@settings(max_examples=2000)
+@settings(max_examples=4000)
 @given(st.one_of(st.binary(max_size=200), st.sampled_from(sorted(frames._KINDS)).flatmap(lambda m: st.binary(max_size=90).map(m.__add__))))
 def test_random_bytes_are_a_clean_error(message):
     with pytest.raises((InvalidInput, TransferError)):
         frames.decode(message)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=4000)
 @given(anything, st.data())
 def test_lying_sizes_under_a_right_checksum_are_refused_before_allocation(frame, data):
     """Whatever a hostile peer puts there: a frame, or an error; never memory beyond the message's own."""

@@ -199,6 +199,12 @@ class LaneWire:
         for frame in said:
             self._said.put(frames.encode(frame))
 
+    def say_bytes(self, message: bytes) -> None:
+        self._said.put(message)
+
+    def hang_up(self) -> None:
+        self._said.put(None)
+
     def hear(self) -> frames.Frame | tuple[wire.Header, bytes]:
         message = next(self.call)
         if message[:4] != wire.MAGIC:
