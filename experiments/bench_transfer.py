@@ -23,7 +23,7 @@ from prfaas_jax.serving.process import run_main
 
 MIB = flags.DEFINE_integer("mib", 512, "bytes of a transfer", lower_bound=1)
 LANES = flags.DEFINE_integer("lanes", None, "connections; default: 1, and 2 over a relay", lower_bound=1, upper_bound=64)
-MESSAGE_KIB = flags.DEFINE_integer("message_kib", 1024, "largest message", lower_bound=64, upper_bound=2048)
+MESSAGE_KIB = flags.DEFINE_integer("message_kib", 2048, "largest message", lower_bound=64, upper_bound=2048)
 GBPS = flags.DEFINE_float("gbps", None, "rate of the relay; none: no relay, unless --rtt_ms")
 RTT_MS = flags.DEFINE_float("rtt_ms", 0.0, "round trip of the relay", lower_bound=0)
 CODEC = flags.DEFINE_enum("codec", "none", ["none", "zstd"], "what messages go through on the host; random bytes, as these, do not shrink")

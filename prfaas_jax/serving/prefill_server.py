@@ -54,7 +54,7 @@ class PrefillServerOptions(Security):
     lease_s: float = 30.0
     heartbeat_s: float = 0.5
     detach_s: float = 1.0
-    message_kib: int = 1024
+    message_kib: int = 2048
     pace_gbps: float | None = None
 
     def __post_init__(self) -> None:

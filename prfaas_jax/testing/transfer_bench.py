@@ -52,6 +52,14 @@ class Lanes(Pair):
         super().__init__("lanes", nbytes, address, None, MOVER_ENV, **shape, **how)
 
 
+class GrpcStream(Pair):
+    """A gRPC stream of bare bytes with the same options and environment: the most that lanes can reach."""
+
+    def __init__(self, nbytes: int, message_kib: int, via: str | None = None, address: str = "127.0.0.1:0"):
+        """Starts nothing yet."""
+        super().__init__("grpc", nbytes, address, None, MOVER_ENV, message_kib=message_kib, via=via)
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """What the bytes pass: loopback alone, or a relay that shapes it."""
@@ -143,6 +151,8 @@ def measure(
         OURS: lambda **at: Lanes(nbytes, lanes, message_kib, checksum, compressed, security=security, **at),
         RAW: lambda **at: RawSockets(nbytes, checksum, **at),
     }
+    if not checksum:
+        made["bare gRPC stream"] = lambda **at: GrpcStream(nbytes, message_kib, **at)
     if others and not route.shaped and not checksum:
         made |= {
             "jax transfer": lambda: JaxTransfer(nbytes),

@@ -1,18 +1,24 @@
-"""Our lanes among the transports of `transfer_transports`: an outbox behind a lane server, and a puller that keeps every block."""
+"""Our lanes among the transports of `transfer_transports`: an outbox behind a lane server, and a puller that keeps every block.
 
-from collections.abc import Callable
+And what lies beneath them: a gRPC stream of bare bytes, which no header, window or check slows down.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
+import grpc
 import numpy as np
 
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.testing.transfer_transports import Role, Transport
+from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS, LANE_SERVER_OPTIONS
 from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.puller import Puller
-from prfaas_jax.transfer.security import Security
+from prfaas_jax.transfer.security import NONE, Security, add_port, open_channel, server_interceptors
 
 # A KV cache of 2 KiB per token: its segments are ranges of the buffer.
 _TOKEN_BYTES = 2048
@@ -82,3 +88,45 @@ class Lanes(Transport):
     def received(self, nbytes: int) -> np.ndarray:
         """The blocks, one after the other."""
         return np.concatenate([self._blocks[start].reshape(-1).view(np.uint8) for start in sorted(self._blocks)])
+
+
+class GrpcStream(Transport):
+    """A server stream of slices of the buffer, kept by the receiver: what gRPC's Python layer itself can do. Option: message_kib."""
+
+    _METHOD = "/prfaas.Bare/Read"
+
+    def __init__(self, role: Role, buffer: np.ndarray, options: dict[str, Any]):
+        """Starts the server at the sender."""
+        super().__init__(role, buffer, options)
+        self._size = options["message_kib"] << 10
+        self._messages: list[bytes] = []
+        if role == "sender":
+            pool, checks = futures.ThreadPoolExecutor(2), server_interceptors(NONE)
+            self._server = grpc.server(pool, options=LANE_SERVER_OPTIONS, interceptors=checks)
+            method = grpc.unary_stream_rpc_method_handler(self._read)
+            _, service, name = self._METHOD.split("/")
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))
+            self._address = add_port(self._server, "address", options["address"], NONE)
+            self._server.start()
+
+    def hello(self) -> dict[str, Any]:
+        """Where it listens."""
+        return {"address": self._address} if self.role == "sender" else {}
+
+    def meet(self, peer: dict[str, Any]) -> None:
+        """Makes the channel, which connects with the first transfer."""
+        if self.role == "receiver":
+            self._channel = open_channel(self.options["via"] or peer["address"], LANE_CHANNEL_OPTIONS)
+
+    def receive(self, nbytes: int, run: int, ask: Callable[[], None]) -> None:
+        """Reads the stream to its end."""
+        self._messages.clear()
+        self._messages += self._channel.unary_stream(self._METHOD)(str(nbytes).encode(), timeout=_IDLE_S)
+
+    def received(self, nbytes: int) -> np.ndarray:
+        """The messages, one after the other."""
+        return np.frombuffer(b"".join(self._messages), np.uint8)
+
+    def _read(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        for start in range(0, nbytes := int(request), self._size):
+            yield self.buffer[start : min(nbytes, start + self._size)].tobytes()

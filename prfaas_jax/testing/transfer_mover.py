@@ -119,11 +119,11 @@ class Sender:
 
 
 def _kind(name: str) -> type[Transport]:
-    if name == "lanes":
+    if name in ("lanes", "grpc"):
         # Not in every interpreter that this runs in.
-        from prfaas_jax.testing.transfer_lanes import Lanes
+        from prfaas_jax.testing.transfer_lanes import GrpcStream, Lanes
 
-        return Lanes
+        return Lanes if name == "lanes" else GrpcStream
     return TRANSPORTS[name]
 
 

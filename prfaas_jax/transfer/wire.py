@@ -17,8 +17,9 @@ from prfaas_jax.kvcache.spec import CacheSpec
 
 PROTOCOL_VERSION = 2
 
-# A message's payload: the default is the fastest size measured, the limit keeps every message below gRPC's 4 MiB receive limit.
-MESSAGE_BYTES = 1 << 20
+# A message's payload at most, unless told otherwise: the fastest size measured on a link without a limit (a slow one gets smaller ones,
+# see `Flow.piece_bytes`), and the limit, which keeps every message below gRPC's 4 MiB receive limit.
+MESSAGE_BYTES = 2 << 20
 MAX_MESSAGE_BYTES = 2 << 20
 
 TICKET_BYTES = 16
