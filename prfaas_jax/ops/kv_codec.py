@@ -77,7 +77,8 @@ def encode(x: Float[Array, "*lead K H"], codec: str) -> Float[Array, "*lead K H"
         return x.astype(jnp.bfloat16)
     scaled = _SCALED[codec]
     values = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    # A maximum of floats loses NaN where compilers vectorise it, an infinity never.
+    largest = jnp.max(jnp.where(jnp.isfinite(values), jnp.abs(values), jnp.inf), axis=-1, keepdims=True)
     finite = jnp.isfinite(largest)
     # Times the reciprocal, in so many words: compilers replace the division, eager execution does not.
     scale = jnp.maximum(largest * np.float32(1 / scaled.largest), scaled.smallest_scale)
