@@ -3,9 +3,10 @@
     python -m experiments.device_check                       (writes results/<device>/*.json)
     python -m experiments.device_check --models=qwen3_0_6b   (measures only this model)
 
-Each op implementation against a float64 reference, colocated against exported and ingested KV in float32 and bfloat16, bytes through
-pinned host memory, recurrences and experts by form, prefill tokens/s with MFU and decode tokens/s with the share of memory bandwidth.
-On a CPU only ops and the equivalence of toys are run; what is skipped, and why, is in the headline. Exit code 1 when a check fails.
+Each op implementation and device codec against a float64 reference, colocated against exported and ingested KV in float32 and bfloat16,
+bytes through pinned host memory, codecs, recurrences and experts by form, prefill tokens/s with MFU and decode tokens/s with the share of
+memory bandwidth. On a CPU only ops and the equivalence of toys are run; what is skipped, and why, is in the headline. Exit code 1 when a
+check fails.
 """
 
 import dataclasses
@@ -153,6 +154,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from prfaas_jax.engine.build import enable_compile_cache
+    from prfaas_jax.testing import device_codecs
     from prfaas_jax.testing.device_ops import check_ops, check_staging
 
     device = jax.devices()[0]
@@ -165,15 +167,20 @@ def main(argv: list[str]) -> None:
     ops, skipped = check_ops(device.platform)
     workdir.write_json("ops.json", {"checks": ops, "skipped": skipped})
     staging = None
+    codecs: list[dict[str, Any]] = []
     forms: dict[str, Any] = {}
     if device.platform == "cpu":
         skipped.append("staging: the CPU's memory is host memory")
+        skipped.append("speed of codecs: codec_quality is for CPUs")
         skipped.append("speed of forms: bench_engine --ops is for CPUs")
     else:
         forms = _forms(device.platform)
         workdir.write_json("forms.json", forms)
         staging = check_staging(device)
         workdir.write_json("staging.json", staging)
+        _say("codecs")
+        codecs = device_codecs.measure()
+        workdir.write_json("codecs.json", codecs)
     equivalence = _equivalence(device.platform)
     workdir.write_json("equivalence.json", equivalence)
     engines, not_measured = _engines(device)
@@ -190,6 +197,7 @@ def main(argv: list[str]) -> None:
         "ops": len(ops),
         "equivalence": {f"{e['model']} {e['dtype']}": {k: e[k] for k in ("max_logit_diff", "bit_equal")} for e in equivalence},
         "staging_bytes_per_s": staging["bytes_per_s"] if staging else None,
+        "codecs": codecs,
         **forms,
         "engine": {e["model"]: {k: e[k] for k in rates} for e in engines},
         "failed": failed,

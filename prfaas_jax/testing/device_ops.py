@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, needs_current_in_pool, paged_attention, supports
 from prfaas_jax.ops.pool_write import gather_tokens, write_tokens
 from prfaas_jax.ops.prefill_attention import prefill_attention
-from prfaas_jax.testing import device_hybrid_ops
+from prfaas_jax.testing import device_codecs, device_hybrid_ops
 from prfaas_jax.testing.attention_cases import PagedCase, attend, paged_case
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -41,6 +41,8 @@ def check_ops(platform: str) -> tuple[list[Row], list[str]]:
                     rows.append(_decode(name, dtype, group, head_dim, page_size))
         rows.append(_round_trip(dtype))
         rows += [_row(op, dtype, shape, error, TOLERANCE[dtype]) for op, shape, error in device_hybrid_ops.check(dtype)]
+        # The error is a share of what the codec promises.
+        rows += [_row(op, dtype, shape, share, 1.0) for op, shape, share in device_codecs.check(dtype)]
     return rows, skipped
 
 
