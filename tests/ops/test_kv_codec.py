@@ -100,6 +100,18 @@ def test_a_bad_row_changes_no_bit_of_its_neighbours(codec, tokens):
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [33, 64, 128, 576])
+def test_a_nan_anywhere_in_a_row_is_seen(width, dtype, codec):
+    """Real widths: a vectorised maximum passes over NaN."""
+    x = np.random.default_rng(0).normal(size=(3 * width + 1, 1, width)).astype(DTYPES[dtype])
+    for place, special in enumerate((np.nan, np.inf, -np.inf)):
+        x[place * width + np.arange(width), 0, np.arange(width)] = special
+    got = back(wire_of(x, codec), codec, "float32", width)
+    assert np.isnan(got[:-1]).all() and np.isfinite(got[-1]).all()
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp8"])
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, TINY, 1e-37, 1e-30, 1.0, 3e38])
 def test_extreme_magnitudes_neither_overflow_nor_divide_by_zero(codec, largest):
     x = np.array([[largest, -largest, 0.0, largest / 2]], np.float32)
