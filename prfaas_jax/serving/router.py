@@ -3,16 +3,20 @@
 import asyncio
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.view import Placement, Policy, Request
+from prfaas_jax.scheduling.view import Placement, Policy, Request, Servers
 from prfaas_jax.serving.backends import Backends
 from prfaas_jax.serving.front import FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.text import TextCodec, encode_prompt
 from prfaas_jax.serving.usage import InvalidRun
+
+# Servers that a request may be moved to; each costs it the time that the one before took to fail.
+_MAX_ALTERNATIVES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Router(GenerationFront):
         placement = await self._place(request, arrived)
         progress.phase = f"generation by {placement.decode}"
         usage = await self._forward(request, placement, write, deadline)
-        self._check(placement, usage)
+        self._check(placement, request.placement.alternatives, usage)
         self._fallbacks += usage.fallbacks
         return usage
 
@@ -90,11 +94,13 @@ class Router(GenerationFront):
         prompt = await asyncio.to_thread(encode_prompt, request, self._tokenizer)
         if not prompt:
             raise InvalidInput("prompt", (), "at least one token id")
-        placement = self._policy.place(Request(len(prompt), max(1, request.max_new_tokens)), self._backends.view(), time.monotonic())
+        view = self._backends.view()
+        placement = self._policy.place(Request(len(prompt), max(1, request.max_new_tokens)), view, time.monotonic())
         if request.WhichOneof("prompt") != "token_ids":
             request.token_ids.ids[:] = prompt
         request.placement.prefill_address = placement.prefill or ""
         request.placement.reason = placement.reason
+        request.placement.alternatives[:] = _alternatives(view.prefill, placement.prefill)
         request.placement.route_s = time.monotonic() - arrived
         return placement
 
@@ -124,12 +130,21 @@ class Router(GenerationFront):
             for backend in used:
                 backend.forwarded -= 1
 
-    def _check(self, placement: Placement, usage: generation_pb2.Usage) -> None:
-        """Refuses an account that is not what was decided: a fallback is said, never silent."""
+    def _check(self, placement: Placement, alternatives: Sequence[str], usage: generation_pb2.Usage) -> None:
+        """Refuses an account that is not what was decided: a fallback is said, never silent, and so is another server that went on."""
         decided = ("remote", placement.prefill) if placement.prefill is not None else ("local", "")
         done = (usage.placement, usage.prefill_address)
-        if not usage.fallbacks and done != decided:
+        resumed = usage.resumes and usage.placement == "remote" and usage.prefill_address in alternatives
+        if not usage.fallbacks and not resumed and done != decided:
             raise InvalidRun(f"INVALID: the router decided {decided}, the usage says {done} and no fallback")
+
+
+def _alternatives(prefill: Servers, chosen: str | None) -> list[str]:
+    """Who may go on when the chosen prefill server fails: the other healthy ones, least busy first."""
+    if chosen is None:
+        return []
+    rows = [row for row in prefill.queue.argsort(kind="stable") if prefill.healthy[row] and prefill.names[row] != chosen]
+    return [prefill.names[row] for row in rows[:_MAX_ALTERNATIVES]]
 
 
 def _addresses(text: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from serving_fixtures import (
     greedy,
     prefill_engine,
     prefill_server,
+    prefill_status,
     prompt_of,
     request,
     router,
@@ -24,6 +26,7 @@ from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, Threshold
 from prfaas_jax.serving.decode_server import DecodeServer
 from prfaas_jax.serving.router import RouterOptions
+from prfaas_jax.testing.relay import Relay
 
 NOBODY = "127.0.0.1:9"
 
@@ -177,3 +180,22 @@ def test_a_request_served_is_not_counted_as_failed_too(monkeypatch):
             eventually(lambda address=address: generation_status(address).streams == 0)
             status = generation_status(address)
             assert (sum(status.served.values()), dict(status.failed)) == (1, {})
+
+
+def test_another_prefill_server_goes_on_when_the_chosen_one_dies():
+    prompt = prompt_of(600)
+    with (
+        prefill_server(prefill_engine(tokens_per_s=1000)) as slow,
+        prefill_server() as other,
+        decode_server() as decode,
+        Relay(slow.address) as control,
+        router(AlwaysRemote(), decode.address, f"{control.address},{other.address}") as front,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(generate, front.address, request(prompt, 4))
+        eventually(lambda: prefill_status(slow.address).streams == 1, what="the prompt is there")
+        control.set_target(NOBODY)
+        control.reset()
+        usage = answer.result(20).usage
+    assert answer.result().tokens == greedy(prompt, 4)
+    assert (usage.placement, usage.prefill_address, usage.resumes, usage.fallbacks) == ("remote", other.address, 1, 0)
