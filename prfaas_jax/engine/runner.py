@@ -33,8 +33,8 @@ from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
 # bfloat16 has no buffer protocol: it leaves and enters as uint16.
 CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "uint8": np.dtype(np.uint8)}
 
-# A scatter of the smaller size takes this part of the rows of the larger one: a single block of few layers is not padded to all of them.
-_SMALL_INGEST = 8
+# Sizes of scatters, each half of the next: a block of few layers that arrives alone is not padded to all of them.
+_INGEST_SIZES = 3
 
 # What a codec's rate is measured on.
 _RATE_BYTES = 8 << 20
@@ -174,7 +174,7 @@ class Runner:
             return (1,)
         tokens = min(self.options.ingest_tokens, cached.cache.window or self.options.ingest_tokens)
         rows = tokens * len(cached.layers)
-        return tuple(sorted({-(-rows // _SMALL_INGEST), rows}))
+        return tuple(sorted({-(-rows // 2**i) for i in range(_INGEST_SIZES)}))
 
     def ingest(self, group: int, tensor: int, codec: str, rows: np.ndarray, plan: IngestPlan) -> jax.Array:
         """Scatters received rows [R, heads, width] of one tensor as `codec` writes them, R being one of `ingest_sizes`.
