@@ -49,32 +49,27 @@ def draw(workdir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = json.loads((workdir / "rows.json").read_text())
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, (quality, perplexity, speed) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for model, marker in zip(models, "osD^v", strict=False):
-        mine = [row for row in rows if row["model"] == model]
-        lossy = [row for row in mine if row["kl"]]
-        quality.semilogy([row["ratio_bf16"] for row in lossy], [row["kl"] for row in lossy], marker, label=model)
-        for row in lossy:
-            quality.annotate(row["codec"], (row["ratio_bf16"], row["kl"]), fontsize=7, textcoords="offset points", xytext=(4, 4))
-        coded = [row for row in mine if row["encode_gb_s"]]
-        speed.loglog([r["encode_gb_s"] for r in coded], [r["decode_gb_s"] for r in coded], marker, label=model)
-        for row in coded:
-            speed.annotate(row["codec"], (row["encode_gb_s"], row["decode_gb_s"]), fontsize=7, textcoords="offset points", xytext=(4, 4))
-    real = [row for row in rows if row["perplexity"] and row["kl"]]
-    for at, row in enumerate(real):
-        low, change, high = (100 * row[key] for key in ("low", "perplexity_change", "high"))
-        perplexity.errorbar(change, at, xerr=[[change - low], [high - change]], fmt="o", capsize=3)
-    perplexity.axvline(0, color="gray", lw=0.8)
-    perplexity.set_yticks(range(len(real)), [row["codec"] for row in real])
-    perplexity.set(title="SmolLM2's perplexity, 95 % intervals", xlabel="change, %", ylim=(-0.5, len(real) - 0.5))
-    quality.set(title="divergence from the exact cache", xlabel="bfloat16 bytes / wire bytes", ylabel="mean KL, nats")
-    speed.set(title="rates on this machine", xlabel="encode, GB/s of cache", ylabel="decode, GB/s of cache")
-    for axis in (quality, speed):
-        axis.margins(0.25)
+    rows = [row for row in json.loads((workdir / "rows.json").read_text()) if row["encode_gb_s"]]
+    names = [f"{row['model']}  {row['codec']}" for row in rows]
+    figure, (kl, perplexity, rates, links) = plt.subplots(1, 4, figsize=(15, 0.35 * len(rows) + 1.4), sharey=True, layout="constrained")
+    for at, row in enumerate(rows):
+        if row["kl"]:
+            kl.plot(row["kl"], at, "oC0")
+        if row["perplexity"]:
+            low, change, high = (100 * row[key] for key in ("low", "perplexity_change", "high"))
+            perplexity.errorbar(change, at, xerr=[[change - low], [high - change]], fmt="oC0", capsize=3)
+    pairs = (rates, "encode_gb_s", "encode"), (rates, "decode_gb_s", "decode")
+    limits = (links, "break_even_gbps", "in sequence"), (links, "break_even_overlapped_gbps", "overlapped")
+    for (axis, key, label), marker in zip((*pairs, *limits), "osos", strict=True):
+        axis.semilogx([row[key] for row in rows], range(len(rows)), marker, label=label)
         axis.legend(fontsize=8)
-    figure.savefig(workdir / "figure.png", dpi=120)
+    perplexity.axvline(0, color="gray", lw=0.8)
+    kl.set(title="divergence (none: exact)", xlabel="mean KL, nats", xscale="log", ylim=(len(rows) - 0.5, -0.5))
+    kl.set_yticks(range(len(rows)), names, fontsize=8)
+    perplexity.set(title="perplexity, 95 % intervals", xlabel="change, %")
+    rates.set(title="rates on this machine", xlabel="GB/s of cache")
+    links.set(title="pays on links slower than", xlabel="Gbit/s")
+    figure.savefig(workdir / "figure.png", dpi=110)
 
 
 def _violations(row: dict[str, Any]) -> list[str]:
