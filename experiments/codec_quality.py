@@ -36,9 +36,6 @@ SCORED = flags.DEFINE_integer("scored", 512, "tokens that follow each prefix", l
 SEED = flags.DEFINE_integer("seed", 0, "seed of random weights and ids")
 WORKDIR = flags.DEFINE_string("workdir", None, "where to keep windows, rows, summary and the picture")
 
-# What int8 must hold on real weights.
-MAX_PERPLEXITY_CHANGE, MIN_RATIO_BF16 = 0.005, 1.9
-JUDGED = "paged=int8"
 _PERPLEXITIES = ("perplexity", "perplexity_change", "low", "high")
 
 
@@ -72,18 +69,6 @@ def draw(workdir: Path) -> None:
     figure.savefig(workdir / "figure.png", dpi=110)
 
 
-def _violations(row: dict[str, Any]) -> list[str]:
-    """What int8 does not hold."""
-    found = []
-    if max(-row["low"], row["high"]) >= MAX_PERPLEXITY_CHANGE:
-        found.append(
-            f"{JUDGED} changes perplexity by {row['low']:.3%} to {row['high']:.3%}: less than {MAX_PERPLEXITY_CHANGE:.1%} expected"
-        )
-    if row["ratio_bf16"] < MIN_RATIO_BF16:
-        found.append(f"{JUDGED} makes bfloat16 {row['ratio_bf16']:.3f} times smaller: at least {MIN_RATIO_BF16} expected")
-    return found
-
-
 def _load(model: str, shard: "Sharder") -> tuple["Loaded", "np.ndarray"]:
     """The model, and the ids that it is given."""
     import numpy as np
@@ -112,7 +97,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
-    from prfaas_jax.testing.codec_report import measure, text_table
+    from prfaas_jax.testing.codec_report import JUDGED, measure, text_table, violations
 
     workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
     shard = Sharder(make_mesh(MeshSpec(), jax.devices()[:1]), "prefill")
@@ -126,7 +111,7 @@ def main(argv: list[str]) -> None:
         rows += [{"model": model, **row} for row in table]
         if workdir:
             workdir.write_rows(f"windows_{model}.csv", [dataclasses.asdict(w) for w in windows])
-    broken = [why for row in rows if (row["model"], row["codec"]) == (REAL, JUDGED) for why in _violations(row)]
+    broken = [why for row in rows if (row["model"], row["codec"]) == (REAL, JUDGED) for why in violations(row)]
     for why in broken:
         print(f"INVALID: {why}", file=sys.stderr)
     result = {"passed": not broken, "rows": rows}

@@ -16,6 +16,10 @@ from prfaas_jax.sharding import Sharder
 from prfaas_jax.testing.codec_quality import Quality, WindowQuality, codecs_of, evaluate, run, windows
 from prfaas_jax.testing.codec_rates import Measured, device_codec, host_zstd, in_bfloat16_bytes, nbytes
 
+# What int8 must hold on real weights.
+JUDGED = "paged=int8"
+MAX_PERPLEXITY_CHANGE, MIN_RATIO_BF16 = 0.005, 1.9
+
 Row = dict[str, Any]
 
 
@@ -83,3 +87,15 @@ def text_table(model: str, rows: list[Row], perplexities: bool) -> str:
             values.append(f" {row['perplexity']:.3f} {change:+.3f}% [{low:+.3f}, {high:+.3f}]")
         lines.append(" ".join(values))
     return "\n".join(lines)
+
+
+def violations(row: dict[str, Any]) -> list[str]:
+    """What int8 does not hold on real weights, of its `measure` row; the far end of the interval is judged."""
+    found = []
+    if max(-row["low"], row["high"]) >= MAX_PERPLEXITY_CHANGE:
+        found.append(
+            f"{JUDGED} changes perplexity by {row['low']:.3%} to {row['high']:.3%}: less than {MAX_PERPLEXITY_CHANGE:.1%} expected"
+        )
+    if row["ratio_bf16"] < MIN_RATIO_BF16:
+        found.append(f"{JUDGED} makes bfloat16 {row['ratio_bf16']:.3f} times smaller: at least {MIN_RATIO_BF16} expected")
+    return found

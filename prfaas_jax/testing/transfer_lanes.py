@@ -101,8 +101,8 @@ class GrpcStream(Transport):
         self._size = options["message_kib"] << 10
         self._messages: list[bytes] = []
         if role == "sender":
-            pool, checks = futures.ThreadPoolExecutor(2), server_interceptors(NONE)
-            self._server = grpc.server(pool, options=LANE_SERVER_OPTIONS, interceptors=checks)
+            pool = futures.ThreadPoolExecutor(2)
+            self._server = grpc.server(pool, options=LANE_SERVER_OPTIONS, interceptors=server_interceptors(NONE))
             method = grpc.unary_stream_rpc_method_handler(self._read)
             _, service, name = self._METHOD.split("/")
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import codec_quality
 from prfaas_jax.models import smollm2
+from prfaas_jax.testing.codec_report import violations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,10 +39,10 @@ def test_a_toy_gives_a_row_per_codec_a_picture_and_the_windows_behind_them(tmp_p
 
 def test_the_bars_are_judged_by_the_far_end_of_the_interval():
     good = {"low": -0.001, "high": 0.004, "ratio_bf16": 1.94}
-    assert codec_quality._violations(good) == []
-    assert len(codec_quality._violations(good | {"high": 0.005})) == 1
-    assert len(codec_quality._violations(good | {"low": -0.006})) == 1
-    assert len(codec_quality._violations(good | {"high": 0.01, "ratio_bf16": 1.8})) == 2
+    assert violations(good) == []
+    assert len(violations(good | {"high": 0.005})) == 1
+    assert len(violations(good | {"low": -0.006})) == 1
+    assert len(violations(good | {"high": 0.01, "ratio_bf16": 1.8})) == 2
 
 
 @pytest.mark.slow

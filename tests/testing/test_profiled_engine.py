@@ -24,6 +24,7 @@ from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpe
 from prfaas_jax.testing.profiled import ProfiledPrefillEngine, first_token, profiled_block
 from prfaas_jax.transfer.coverage import Coverage
 from prfaas_jax.transfer.lane import LaneServer
+from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox
 from prfaas_jax.transfer.puller import Puller
 
@@ -211,10 +212,11 @@ def test_engine_to_outbox_to_lane_to_puller(engine):
         np.testing.assert_array_equal(block, profiled_block(SPEC, key, asked.prompt))
         done()
 
-    puller = Puller(SPEC, 70, ticket.id, ticket.epoch, [lane.address], on_block)
-    puller.start()
+    group, puller = LaneGroup(lane.address), Puller(SPEC, 70, on_block)
+    puller.start(ticket.id, ticket.epoch, [group])
     engine.submit(asked, sink)
     assert puller.finish(SPEC.bytes(70)).moved == SPEC.bytes(70)
+    group.close()
     lane.stop(0)
 
 
