@@ -21,7 +21,7 @@ from prfaas_jax.errors import InvalidInput
 # Packages whose versions decide results.
 PACKAGES = (
     *("prfaas_jax", "jax", "jaxlib", "flax", "numba", "numpy", "grpcio", "protobuf", "google-crc32c", "orbax-checkpoint"),
-    *("torch", "transformers"),
+    *("torch", "transformers", "zstandard"),
 )
 
 # Environment that changes what the same code does; only these, so nothing secret can slip in.
