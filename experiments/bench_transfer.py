@@ -22,7 +22,7 @@ from prfaas_jax.results import Workdir, headline
 from prfaas_jax.serving.process import run_main
 
 MIB = flags.DEFINE_integer("mib", 512, "bytes of a transfer", lower_bound=1)
-LANES = flags.DEFINE_integer("lanes", None, "connections; default: 1, and 2 over a relay", lower_bound=1, upper_bound=64)
+LANES = flags.DEFINE_integer("lanes", None, "connections; default: 1, and 4 over a relay", lower_bound=1, upper_bound=64)
 MESSAGE_KIB = flags.DEFINE_integer("message_kib", 2048, "largest message", lower_bound=64, upper_bound=2048)
 GBPS = flags.DEFINE_float("gbps", None, "rate of the relay; none: no relay, unless --rtt_ms")
 RTT_MS = flags.DEFINE_float("rtt_ms", 0.0, "round trip of the relay", lower_bound=0)
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     from prfaas_jax.testing.certificates import CertificateOptions, make_certificates
 
     route, nbytes = bench.Route(GBPS.value, RTT_MS.value), MIB.value << 20
-    lanes = LANES.value or (2 if route.shaped else 1)
+    lanes = LANES.value or (4 if route.shaped else 1)
     workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
     cases: dict[str, dict[str, bench.Figures]] = {}
     rows: list[dict[str, Any]] = []
