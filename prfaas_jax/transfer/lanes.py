@@ -31,8 +31,6 @@ _PING_S = 1.0
 _PROBE_S = 0.025
 _FIRST_PROBE_BYTES = 1 << 20
 _MIN_PROBE_BYTES, _MAX_PROBE_BYTES = 64 << 10, 4 << 20
-# Messages to an acknowledgement, all lanes together; half of what a window has (`Flow.piece_bytes`).
-_ACK_EVERY = 4
 # Connections in a row that brought nothing, after which a lane is given up. Where nobody listens they take a blink, on a link that breaks
 # every connection half a second.
 _ATTEMPTS, _ATTEMPTS_REFUSED = 8, 3
@@ -312,15 +310,14 @@ class LaneGroup:
             lane.received += 1
             self._meter.arrived(now, payload.nbytes, header.backlog)
             opened = self._opened.get(header.ticket)
-        # The lane goes on at once: what a transfer may have in memory is bounded by its grant. In mid-stream several are acknowledged
-        # together, fewer than a window has, whatever the number of lanes.
-        if not header.backlog or lane.received % max(1, _ACK_EVERY // len(self._lanes)) == 0:
-            lane.outgoing.put(frames.encode(frames.Ack(lane.received)))
         if opened is None or opened.request.epoch != header.epoch:
             # A straggler of a ticket that was closed, or one whose close went down with a connection.
             lane.outgoing.put(frames.encode(frames.Close(header.ticket, header.epoch)))
         else:
             opened.receiver.take(header, payload)
+        # Each message, and not earlier: once all are acknowledged the sender says that there is no more, over whichever lane; and one that
+        # is left over, because what was ready behind it went over another lane, would take its place in the window for ever.
+        lane.outgoing.put(frames.encode(frames.Ack(lane.received)))
 
     # --- the monitor's thread --------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """A lane server spoken to by hand, frame by frame."""
 
+import threading
 import time
 
 import grpc
@@ -9,6 +10,7 @@ from transfer_fixtures import SPEC, Cache, LaneWire, Sender, wait_until, wide_sp
 from prfaas_jax.transfer import frames
 from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.lane import METHOD
+from prfaas_jax.transfer.lanes import LaneGroup
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,40 @@ def test_backpressure_stalled_reader_does_not_keep_its_threads(silence):
             with pytest.raises(grpc.RpcError):
                 while True:
                     lane.hear()
+
+
+class Slow:
+    """A receiver that takes its time, and notes what it had taken when it was told that there is no more."""
+
+    def __init__(self):
+        self.taken, self.taken_at_end = 0, None
+        self.over = threading.Event()
+
+    def take(self, header, payload):
+        time.sleep(0.02)
+        self.taken += payload.nbytes
+
+    def ended(self):
+        self.taken_at_end = self.taken
+        self.over.set()
+
+    def failed(self, error):
+        raise error
+
+
+def test_the_end_does_not_overtake_what_another_lane_is_still_taking():
+    """Acknowledged means taken: else the end comes over one lane while the last message of the other has not been looked at.
+
+    And every message is: one that had others ready behind it, which then went over the other lane, once kept the end from coming at all.
+    """
+    cache = Cache(SPEC, 8)
+    with Sender(SPEC) as sender:
+        group = LaneGroup(sender.lane.address, 2, probe=False)
+        assert group.warm()
+        for _ in range(5):
+            ticket, receiver = sender.send(cache, cache.keys(8)), Slow()
+            group.open(frames.Open(ticket.id, ticket.epoch, 1 << 20), receiver)
+            assert receiver.over.wait(10)
+            assert receiver.taken_at_end == SPEC.bytes(8)
+            group.release(ticket.id)
+        group.close()
