@@ -89,7 +89,7 @@ def check_transfer(job: Job, spec: CacheSpec, codecs: Collection[str]) -> None:
     """Raises InvalidInput for more held tokens than the prompt has, or a codec that is not among `codecs` for some kind that is cached."""
     if not 0 <= job.held_tokens <= len(job.prompt):
         raise InvalidInput("held_tokens", job.held_tokens, f"a number of the prompt's {len(job.prompt)} tokens")
-    if not {job.codec.of(group.cache.kind) for group in spec.groups} <= {"none", *codecs}:
+    if not job.codec.names(spec) <= {*codecs}:
         raise InvalidInput("codec", str(job.codec), f"one that this engine has programs for: {('none', *codecs)} (option codecs)")
 
 
@@ -133,14 +133,13 @@ class PrefillDone:
     Attributes:
         first: what the prompt's last position drew.
         queue_s: from submission until the first chunk was dispatched.
-        compute_s: from then until the last part of the prompt was computed; segments may have been handed out after that.
-        computed_at: that end, in seconds of `time.monotonic` on this engine's host. What of the transfer comes later is exposed.
+        compute_s: from then until the last part of the prompt was computed; segments may have been handed out after that, and what of the
+            transfer comes later is exposed.
     """
 
     first: Token
     queue_s: float
     compute_s: float
-    computed_at: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -272,8 +272,7 @@ class DecodeWorker(EngineThread):
                 request = self._requests[ticket]
                 request.first = read_token(previous.drawn, row.row, prompt.job.sampling.return_logits)
                 request.ready_at = time.monotonic()
-                timing = prompt.started - prompt.submitted, request.ready_at - prompt.started, request.ready_at
-                prompt.sink(PrefillDone(request.first, *timing))
+                prompt.sink(PrefillDone(request.first, prompt.started - prompt.submitted, request.ready_at - prompt.started))
                 self._make_ready(request)
 
     def _publish(self) -> None:

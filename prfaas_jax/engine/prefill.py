@@ -246,7 +246,7 @@ class PrefillWorker(EngineThread):
             if row.start + row.valid == len(prompt.job.prompt):
                 first = read_token(step.drawn, row.row, prompt.job.sampling.return_logits)
                 self._forget(prompt.job.ticket)
-                prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, computed - prompt.started, computed))
+                prompt.sink(PrefillDone(first, prompt.started - prompt.submitted, computed - prompt.started))
 
     def _fail_all(self, error: EngineFailed) -> None:
         outstanding = [*self._waiting.values(), *self._active.values()]

@@ -12,11 +12,11 @@ import numpy as np
 from absl import logging
 
 from prfaas_jax.engine.plan import Rows, paged_rows, plan_ingest, slot_rows
-from prfaas_jax.engine.runner import CARRIER, Runner
+from prfaas_jax.engine.runner import Runner
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.codecs import CacheCodec
 from prfaas_jax.kvcache.pages import Reservation
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import CARRIER, SegmentKey
 
 Done = Callable[[], None]
 
@@ -69,7 +69,7 @@ class Received:
         # What stays of the shortest request that has these tokens: the block stays of no other state, and of no shorter window.
         key.check(spec, min(key.tokens[1], max_length))
         tensor = key.tensor_spec(spec)
-        whole = dataclasses.replace(key, heads=(0, tensor.heads))
+        whole = key.all_heads(spec)
         if key != whole or block.shape != key.shape(spec) or block.dtype != CARRIER[tensor.dtype]:
             expected = f"{whole} of shape {whole.shape(spec)} and dtype {CARRIER[tensor.dtype]}"
             raise InvalidInput("block shape", (key, block.shape, block.dtype.name), expected)

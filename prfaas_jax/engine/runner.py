@@ -1,9 +1,7 @@
 """The executing half of a step and the only caller of jax: owns parameters and pools, runs plans, exports what is new."""
 
-import functools
-import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +18,15 @@ from prfaas_jax.engine.steps import Drawn, Part, Steps
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.codecs import CODECS, encoded
 from prfaas_jax.kvcache.pools import PoolGeometry, Pools, create_pools
-from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part, layer_blocks
+from prfaas_jax.kvcache.segments import CARRIER, Segment, SegmentKey, kept_part, layer_blocks
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheKind, CacheSpec, TensorSpec, cache_spec
 from prfaas_jax.models.caching import New
 from prfaas_jax.models.config import ModelConfig
 from prfaas_jax.models.layer_config import AttentionConfig
-from prfaas_jax.ops.kv_codec import decode, encode
+from prfaas_jax.ops.kv_codec import rates
 from prfaas_jax.ops.paged_attention import IMPLEMENTATIONS, default_implementation, supports
 from prfaas_jax.scheduling.batching import Bucket, decode_buckets, prefill_buckets
 from prfaas_jax.sharding import MeshSpec, Sharder, make_mesh
-
-# bfloat16 has no buffer protocol: it leaves and enters as uint16.
-CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "uint8": np.dtype(np.uint8)}
 
 # Sizes of scatters, each half of the next: a block of few layers that arrives alone is not padded to all of them.
 _INGEST_SIZES = 3
@@ -262,11 +257,8 @@ class Runner:
         tensor = next((g.cache.tensors[0] for g in self.spec.groups if g.cache.kind in kinds), None)
         if tensor is None:
             return float("inf"), float("inf")
-        plain = jnp.ones((_RATE_BYTES // (tensor.width * DTYPE_BYTES[tensor.dtype]), tensor.width), tensor.dtype)
-        encode_one = jax.jit(functools.partial(encode, codec=name))
-        decode_one = jax.jit(functools.partial(decode, codec=name, dtype=tensor.dtype, width=tensor.width))
-        wire = encode_one(plain)
-        return _rate(encode_one, plain, plain.nbytes), _rate(decode_one, wire, plain.nbytes)
+        tokens = _RATE_BYTES // (tensor.width * DTYPE_BYTES[tensor.dtype])
+        return rates(jnp.ones((tokens, 1, tensor.width), tensor.dtype), name)
 
     def _warm_ingest(self) -> None:
         for g, group in enumerate(self.spec.groups):
@@ -279,17 +271,6 @@ class Runner:
     def compiles_after_warmup(self) -> int:
         """XLA compilations in this process since `warmup` ended; 0 before it."""
         return 0 if self._warm_count is None else compile_count() - self._warm_count
-
-
-def _rate(program: Callable[[jax.Array], jax.Array], argument: jax.Array, nbytes: int) -> float:
-    """Bytes per second of a compiled program, at its best of a few."""
-    jax.block_until_ready(program(argument))
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        jax.block_until_ready(program(argument))
-        seconds.append(time.perf_counter() - began)
-    return nbytes / min(seconds)
 
 
 def _segment(key: SegmentKey, spec: TensorSpec, values: np.ndarray) -> Segment:

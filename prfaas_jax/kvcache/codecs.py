@@ -38,6 +38,10 @@ class CacheCodec:
         name: str = getattr(self, kind)
         return name
 
+    def names(self, spec: CacheSpec) -> frozenset[str]:
+        """What it takes to write this cache, besides "none": names that an engine must have programs for."""
+        return frozenset(self.of(group.cache.kind) for group in spec.groups) - {"none"}
+
     @property
     def lossy(self) -> bool:
         """Whether any bit may be lost."""

@@ -5,12 +5,19 @@ Layout of a segment's bytes: C-contiguous `[layers, tokens, heads, width]` of on
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheGroup, CacheSpec, LayerCache, TensorSpec
 
 # Bytes that a segment of states has at most, if one layer allows: a receiver stages a segment whole, and it keeps to tens of MiB.
 STATE_SEGMENT_BYTES = 8 << 20
+
+
+# How the elements of each dtype lie in host memory: bfloat16 has no buffer protocol, so it leaves and enters as uint16.
+CARRIER: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16), "uint8": np.dtype(np.uint8)}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -39,6 +46,11 @@ class SegmentKey:
         if not 0 <= self.tensor < len(tensors):
             raise InvalidInput("segment.tensor", self.tensor, f"0..{len(tensors) - 1}")
         return tensors[self.tensor]
+
+    def all_heads(self, spec: CacheSpec) -> "SegmentKey":
+        """The same layers and tokens with every head: what a receiver puts together from the slices of a mesh."""
+        heads = (0, self.tensor_spec(spec).heads)
+        return self if self.heads == heads else dataclasses.replace(self, heads=heads)
 
     def shape(self, spec: CacheSpec) -> tuple[int, int, int, int]:
         """`[layers, tokens, heads, width]` of the payload."""

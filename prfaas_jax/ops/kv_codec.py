@@ -10,6 +10,9 @@ Plain jnp: XLA fuses each direction into passes that wait for memory, which a ke
 """
 
 import dataclasses
+import functools
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +121,25 @@ def decode(wire: Array, codec: str, dtype: jax.typing.DTypeLike, width: int) -> 
     values = jax.lax.bitcast_convert_type(wire[..., :width], _SCALED[codec].dtype).astype(jnp.float32)
     low, high = wire[..., width, None].astype(jnp.uint16), wire[..., width + 1, None].astype(jnp.uint16)
     return (values * _from_bits(low | high << 8)).astype(dtype)
+
+
+def rates(x: Float[Array, "*lead K H"], codec: str, repeats: int = 3) -> tuple[float, float]:
+    """(encode, decode) bytes of `x` per second where it lies, each at its best of `repeats` after a first run that compiles."""
+    wire = encode(x, codec)
+    programs: tuple[Any, ...] = (
+        jax.jit(functools.partial(encode, codec=codec)),
+        jax.jit(functools.partial(decode, codec=codec, dtype=x.dtype, width=x.shape[-1])),
+    )
+    found = []
+    for program, argument in zip(programs, (x, wire), strict=True):
+        jax.block_until_ready(program(argument))
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            jax.block_until_ready(program(argument))
+            seconds.append(time.perf_counter() - began)
+        found.append(x.nbytes / min(seconds))
+    return found[0], found[1]
 
 
 def _bfloat16_above(x: Float[Array, "..."]) -> Array:

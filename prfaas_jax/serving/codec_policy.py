@@ -78,11 +78,10 @@ class CodecPolicy:
         made: dict[str, CacheCodec] = {ZSTD: AS_CACHED}
         candidates = [zstd_rate()]
         common = set(ours) & set(theirs) & set(rates)
+        length = _typical_tokens(spec)
         for codec in _combinations(spec, common):
-            names = {codec.of(group.cache.kind) for group in spec.groups} - {"none"}
             # The slowest of what it is made of: groups are encoded one after the other.
-            encode, decode = (min(rates[name][end] for name in names) for end in (0, 1))
-            length = _typical_tokens(spec)
+            encode, decode = (min(rates[name][end] for name in codec.names(spec)) for end in (0, 1))
             ratio = spec.bytes(length) / codec.wire_spec(spec).bytes(length)
             made[str(codec)] = codec
             candidates.append(CodecRate(str(codec), ratio, encode, decode, lossy=True))

@@ -24,7 +24,7 @@ class ControlStream:
         self._security, self._address, self._request, self._time_left = peers.security, address, request, time_left
         self._call = peers.stub(address).Prefill(request, timeout=time_left())
         self._channels: list[Any] = []
-        self.reattached = 0
+        self._reattached = 0
 
     async def read(self) -> Any:
         """The next event, or `grpc.aio.EOF`; raises grpc.RpcError when the call ended with an error or cannot be found again."""
@@ -41,10 +41,6 @@ class ControlStream:
         self._request = prefill_pb2.PrefillRequest()
         self._request.resume_ticket, self._request.resume_epoch = ticket, epoch
 
-    def cancel(self) -> None:
-        """Ends the call."""
-        self._call.cancel()
-
     async def close(self) -> None:
         """Ends the call and the connections that it took."""
         self._call.cancel()
@@ -53,8 +49,8 @@ class ControlStream:
 
     async def _reattach(self, error: grpc.RpcError) -> None:
         """Puts a new call in place of a broken one; raises `error` when that does not succeed."""
-        self.reattached += 1
-        if self.reattached > _MAX_REATTACHED:
+        self._reattached += 1
+        if self._reattached > _MAX_REATTACHED:
             raise error
         for pause_s in _REATTACH_PAUSES_S:
             await asyncio.sleep(pause_s)

@@ -97,7 +97,7 @@ def agree_codec(wanted: Sequence[str], engine: PrefillEngine) -> CacheCodec:
     """
     for text in wanted:
         codec = CacheCodec.parse(text)
-        if {codec.of(group.cache.kind) for group in engine.spec.groups} <= {"none", *engine.codecs}:
+        if codec.names(engine.spec) <= {*engine.codecs}:
             return codec
     if wanted:
         raise InvalidInput("codecs", list(wanted), f"one made of {('none', *engine.codecs)}, which this server has programs for")

@@ -168,7 +168,6 @@ class RemotePrefill:
         except PrfaasError as error:
             raise self._failed(messages.code_of(error), str(error)) from error
         finally:
-            control.cancel()
             if accepted is not None:
                 self._peers.release(self._address, accepted.ticket, accepted.epoch)
             await asyncio.shield(control.close())
@@ -305,8 +304,7 @@ class RemotePrefill:
         elapsed = now - self.timeline.started
         if min(done.queue_s, done.prefill_s) < 0 or done.queue_s + done.prefill_s > elapsed + _CLOCK_SLACK_S:
             raise TransferError(f"the prefill reports {done.queue_s:.3f} + {done.prefill_s:.3f} s, but only {elapsed:.3f} s have passed")
-        (link, *_) = self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
-        estimate = link.estimate()
+        estimate = self._peers.link(self._address) or LinkEstimate()
         bound_s = exposed_bound_s(self._ready, done.queue_s + done.prefill_s, estimate.bytes_per_s) if estimate.bytes_per_s else None
         return RemoteResult(self._address, first, counters, done.queue_s, done.prefill_s, self.timeline, estimate, bound_s)
 

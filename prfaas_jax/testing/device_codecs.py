@@ -1,8 +1,6 @@
 """The device codecs on whatever device is here: their promised errors against float64 on the host, and their speed."""
 
-import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from prfaas_jax.ops.kv_codec import decode, encode
+from prfaas_jax.ops.kv_codec import decode, encode, rates
 
 CODECS = ("none", "bf16", "int8", "fp8")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -75,19 +73,7 @@ def measure(mebibytes: int = 256, repeats: int = 10) -> list[dict[str, Any]]:
         shape = (mebibytes * 2**20 // (heads * width * item.itemsize), heads, width)
         x = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
         for codec in CODECS[1:]:
-            wire = _encode(x, codec)
-            encode_s = _fastest(functools.partial(_encode, x, codec), repeats)
-            decode_s = _fastest(functools.partial(_decode, wire, codec, dtype, width), repeats)
-            rates = {"encode_bytes_per_s": x.nbytes / encode_s, "decode_bytes_per_s": x.nbytes / decode_s}
-            rows.append({"codec": codec, "dtype": dtype, "bytes": x.nbytes, "wire_bytes": wire.nbytes, **rates})
+            encode_rate, decode_rate = rates(x, codec, repeats)
+            measured = {"encode_bytes_per_s": encode_rate, "decode_bytes_per_s": decode_rate}
+            rows.append({"codec": codec, "dtype": dtype, "bytes": x.nbytes, "wire_bytes": _encode(x, codec).nbytes, **measured})
     return rows
-
-
-def _fastest(work: Callable[[], jax.Array], repeats: int) -> float:
-    jax.block_until_ready(work())
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        best = min(best, time.perf_counter() - start)
-    return best

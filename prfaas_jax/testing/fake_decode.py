@@ -202,8 +202,7 @@ class FakeDecodeEngine(EngineThread):
         if request.prefilled == len(prompt):
             request.first = self._next(request)
             request.phase, request.ready_at = "ready", time.monotonic()
-            timing = request.begun - request.asked, request.ready_at - request.begun, request.ready_at
-            request.sink(api.PrefillDone(request.first, *timing))
+            request.sink(api.PrefillDone(request.first, request.begun - request.asked, request.ready_at - request.begun))
 
     def _advance_ready(self, request: _Request) -> None:
         assert request.first is not None

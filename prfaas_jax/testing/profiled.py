@@ -222,7 +222,7 @@ class ProfiledPrefillEngine:
             with self._changed:
                 self._tokens_prefilled += tokens[1] - tokens[0]
             sink(PrefillProgress(tokens[1]))
-        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, computed - started, computed)
+        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, computed - started)
 
     def _interrupted(self, job: Job, until: float) -> Event | None:
         """Waits until a time of the monotonic clock; the job's last event when it was cancelled or the engine closed meanwhile."""

@@ -16,6 +16,7 @@ keeps these bytes in flight by itself, whatever the windows of the two TCPs. The
 out up to that much longer, and a line that was idle may send two milliseconds' worth at once.
 """
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -26,6 +27,9 @@ from absl import app
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.testing.relay_link import FOREVER, Link, Mark
 from prfaas_jax.testing.relay_loop import Loop
+from prfaas_jax.transfer.endpoint import parse_address
+
+_address = functools.partial(parse_address, allow_zero=True)
 
 # "up" flows from the client to the target, "down" from the target to the client.
 Direction = Literal["up", "down"]
@@ -50,7 +54,7 @@ class Relay:
     ):
         """Binds at once; raises InvalidInput for a malformed or busy address or a negative figure. See `set_link` for the units."""
         self._links: dict[Direction, Link] = {"up": Link(), "down": Link()}
-        self._loop = Loop(_host_port("target", target), _host_port("listen", listen), self._links["up"], self._links["down"], seed)
+        self._loop = Loop(_address("target", target), _address("listen", listen), self._links["up"], self._links["down"], seed)
         self.port: int = self._loop.port
         self.address = f"{listen.rpartition(':')[0]}:{self.port}"
         try:
@@ -129,7 +133,7 @@ class Relay:
     def set_target(self, target: str) -> None:
         """Where connections go that are accepted from now on; a relay can so be known before the server behind it has a port."""
         with self._loop.lock:
-            self._loop.target = _host_port("target", target)
+            self._loop.target = _address("target", target)
 
     # --- faults
 
@@ -250,13 +254,6 @@ def _check_count(nbytes: int) -> None:
 
 def _bytes_per_s(gbps: float | None) -> float:
     return FOREVER if gbps is None else gbps * 1e9 / 8
-
-
-def _host_port(field: str, address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InvalidInput(field, address, "host:port")
-    return host, int(port)
 
 
 if __name__ == "__main__":

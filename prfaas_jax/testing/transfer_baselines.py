@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
 from prfaas_jax.testing.json_child import JsonChild
+from prfaas_jax.transfer.endpoint import parse_address
 
 _READY_S = 120.0
 # No transfer that is worth waiting for is slower.
@@ -95,9 +96,7 @@ class Pair:
         """
         if nbytes < 1:
             raise InvalidInput("nbytes", nbytes, "a positive number of bytes")
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InvalidInput("address", address, "host:port")
+        parse_address("address", address, allow_zero=True)
         self._transport, self._nbytes, self._run = transport, nbytes, 0
         self._python, self._children = python or sys.executable, list[JsonChild]()
         self._options = {"transport": transport, "nbytes": nbytes, "address": address, "dies_with_parent": self.polls} | options

@@ -12,17 +12,10 @@ from collections import defaultdict
 import numpy as np
 
 from prfaas_jax.errors import TransferError
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import CARRIER, SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.transfer.coverage import Coverage, Intervals
 from prfaas_jax.transfer.wire import Header
-
-# How a block shows its elements: numpy has no bfloat16, so those bits travel as uint16.
-VIEW_DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(np.uint16),
-    "uint8": np.dtype(np.uint8),
-}
 
 
 class Buffers:
@@ -207,8 +200,7 @@ class Assembly:
 
     def whole(self, key: SegmentKey) -> SegmentKey:
         """The key of the block that a segment belongs in."""
-        heads = (0, key.tensor_spec(self._spec).heads)
-        return key if key.heads == heads else dataclasses.replace(key, heads=heads)
+        return key.all_heads(self._spec)
 
     def _block(self, key: SegmentKey) -> Block:
         """The block that a segment belongs in, begun if need be."""
@@ -219,5 +211,5 @@ class Assembly:
             if nbytes > self.max_staging_bytes:
                 raise TransferError(f"{whole} has {nbytes} bytes, more than the {self.max_staging_bytes} bytes of staging")
             self._coverage.claim(whole)
-            block = self._blocks[whole] = Block(whole, whole.shape(self._spec), VIEW_DTYPES[key.tensor_spec(self._spec).dtype])
+            block = self._blocks[whole] = Block(whole, whole.shape(self._spec), CARRIER[key.tensor_spec(self._spec).dtype])
         return block

@@ -95,7 +95,7 @@ class Sending:
         return self.held.finished and not self.in_flight and self.next(1) is None
 
     def _is_there(self, key: SegmentKey) -> bool:
-        return bool(self.have) and dataclasses.replace(key, heads=(0, key.tensor_spec(self.held.spec).heads)) in self.have
+        return bool(self.have) and key.all_heads(self.held.spec) in self.have
 
 
 @dataclasses.dataclass(eq=False)
@@ -144,12 +144,6 @@ class Dispatcher:
         self._turn = 0
         self._free_at = 0.0  # when the paced link has room again
 
-    @property
-    def streams(self) -> int:
-        """Streams that are connected."""
-        with self._changed:
-            return sum(session.live for session in self._sessions.values())
-
     # --- what the reader says --------------------------------------------------------------------------------------------------
 
     def join(self, session_id: bytes, number: int) -> Stream:
@@ -182,8 +176,9 @@ class Dispatcher:
                 return
             self._acknowledge(gone, received)
             gone.gone = True
+            now = self._clock()
             for piece, sent in gone.unacked:
-                session.flow.lose(sent, self._clock())
+                session.flow.lose(sent, now)
                 piece.sending.in_flight -= piece.nbytes
                 piece.sending.returned.append(piece._replace(again=True))
             gone.unacked.clear()
@@ -193,8 +188,7 @@ class Dispatcher:
         """Starts to send a ticket to a session; if it does so already, only its grant is renewed."""
         with self._changed:
             session = stream.session
-            known = session.sendings.get(request.ticket)
-            if known is not None and known.held.ticket.epoch == request.epoch:
+            if (known := _opened(stream, request.ticket, request.epoch)) is not None:
                 known.granted = max(known.granted, request.granted)
                 known.ended = False  # said again: the reader may have missed it
             else:
@@ -211,8 +205,7 @@ class Dispatcher:
     def grant(self, stream: Stream, ticket: bytes, epoch: int, granted: int) -> None:
         """The reader has room for `granted` bytes of a ticket in all."""
         with self._changed:
-            sending = stream.session.sendings.get(ticket)
-            if sending is not None and sending.held.ticket.epoch == epoch:
+            if (sending := _opened(stream, ticket, epoch)) is not None:
                 sending.granted = max(sending.granted, granted)
                 self._changed.notify_all()
 
@@ -227,8 +220,7 @@ class Dispatcher:
     def close(self, stream: Stream, ticket: bytes, epoch: int) -> None:
         """The session wants no more of a ticket."""
         with self._changed:
-            sending = stream.session.sendings.get(ticket)
-            if sending is not None and sending.held.ticket.epoch == epoch:
+            if _opened(stream, ticket, epoch) is not None:
                 del stream.session.sendings[ticket]
 
     def answer(self, stream: Stream, frame: Frame) -> None:
@@ -245,13 +237,13 @@ class Dispatcher:
         (frame or encoded message, True), (None, True) when there is nothing yet, (None, False) when the stream is gone.
         """
         with self._changed:
-            wait = self._prepare(stream)
-            if isinstance(wait, float):
-                self._changed.wait(wait)
+            due = self._prepare(stream)
+            if isinstance(due, float):
+                self._changed.wait(due)
                 return None, not stream.gone
-            if not isinstance(wait, Piece):
-                return wait, True
-            piece, session = wait, stream.session
+            if not isinstance(due, Piece):
+                return due, True
+            piece, session = due, stream.session
             piece.sending.take(piece)
             now = self._clock()
             if self._bytes_per_s is not None:
@@ -357,6 +349,12 @@ class Dispatcher:
         """Whether the stream's session has any ticket open."""
         with self._changed:
             return bool(stream.session.sendings)
+
+
+def _opened(stream: Stream, ticket: bytes, epoch: int) -> Sending | None:
+    """What the stream's session is being sent under that ticket and epoch."""
+    sending = stream.session.sendings.get(ticket)
+    return sending if sending is not None and sending.held.ticket.epoch == epoch else None
 
 
 def _failed(ticket: bytes, epoch: int, error: PrfaasError) -> Failed:

@@ -33,7 +33,6 @@ _PADDING = bytes(_PONG_BYTES)
 class _Served:
     """One stream being served; `stream` and `heard` are set by its threads and read by the watchdog."""
 
-    since: float
     heard: float
     stream: Stream | None = None
     error: Exception | None = None
@@ -113,8 +112,7 @@ class LaneServer:
             self._watchdog.join(5.0)
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        now = time.monotonic()
-        served = _Served(now, now)
+        served = _Served(time.monotonic())
         with self._lock:
             self._served[context] = served
         try:

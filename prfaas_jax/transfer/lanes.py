@@ -186,7 +186,7 @@ class LaneGroup:
             self._monitor.start()
 
     def _say(self, frame: frames.Frame) -> None:
-        """Over the first lane that is up; without one the next connection says it."""
+        """Over the first lane that has a connection; without one the next connection says it."""
         for lane in self._lanes:
             if lane.call is not None:
                 lane.outgoing.put(frames.encode(frame))

@@ -22,14 +22,6 @@ _GRANTS = 8
 _JOIN_S = 5.0
 
 
-class _Handing(threading.local):
-    """Which puller's `on_block` this thread is in."""
-
-    puller: "Puller | None" = None
-
-
-_handing = _Handing()
-
 OnBlock = Callable[[SegmentKey, np.ndarray, Callable[[], None]], None]
 
 
@@ -76,7 +68,7 @@ class Puller:
         self._assembly = Assembly(self._wire_spec, length, prefix, max_staging_bytes)
         self._wire_bytes = 0
         self._in_flight = 0  # blocks handed on whose `done` has not come
-        self._handing = 0  # calls of `on_block` under way
+        self._handing: set[int] = set()  # threads in `on_block`
         self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
         self._ticket: tuple[bytes, int] = (b"", 0)
         self._sources: dict[LaneGroup, _Source] = {}
@@ -155,8 +147,7 @@ class Puller:
         """Leaves the lanes; what one of them is in the middle of handing on is waited for, unless it is this very call's doing."""
         with self._changed:
             self._leave()
-            mine = _handing.puller is self
-            self._changed.wait_for(lambda: self._handing <= mine, _JOIN_S)
+            self._changed.wait_for(lambda: self._handing <= {threading.get_ident()}, _JOIN_S)
 
     # --- with the lock held --------------------------------------------------------------------------------------------------------
 
@@ -210,15 +201,13 @@ class Puller:
             if block is None:
                 return
             self._in_flight += 1
-            self._handing += 1
+            self._handing.add(threading.get_ident())
             buffer = self._assembly.buffer_for(block)
-        _handing.puller = self
         try:
             self._on_block(block.key, block.build(buffer), lambda: self._done(block))
         finally:
-            _handing.puller = None
             with self._changed:
-                self._handing -= 1
+                self._handing.discard(threading.get_ident())
                 self._changed.notify_all()
 
     def _done(self, block: Block) -> None:

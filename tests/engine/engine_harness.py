@@ -28,8 +28,8 @@ from prfaas_jax.engine.build import build_runner
 from prfaas_jax.engine.decode import DecodeWorker
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.engine.prefill import PrefillWorker
-from prfaas_jax.engine.runner import CARRIER, Runner
-from prfaas_jax.kvcache.segments import Segment, SegmentKey
+from prfaas_jax.engine.runner import Runner
+from prfaas_jax.kvcache.segments import CARRIER, Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.models.score import forward_logits
 

@@ -10,7 +10,7 @@ import pytest
 from prfaas_jax.engine.api import Admitted, Failed, Finished, Job, PrefillDone, SamplingParams, SegmentReady
 from prfaas_jax.errors import InvalidInput, TransferError
 from prfaas_jax.kvcache.codecs import CacheCodec
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import CARRIER, SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.testing.fake_decode import FakeDecodeEngine, FakeDecodeOptions
 from prfaas_jax.testing.profiled import ProfiledPrefillEngine, profiled_block
@@ -22,7 +22,6 @@ SPEC = CacheSpec(
         CacheGroup(LayerCache("state", (TensorSpec("recurrent", 4, 30, "float32"),)), (4, 5)),
     )
 )
-CARRIER = {"float32": np.float32, "bfloat16": np.uint16, "uint8": np.uint8}
 CODECS = ("none", "paged=int8,window=fp8,state=bf16", "paged=fp8")
 
 

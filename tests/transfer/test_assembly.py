@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from transfer_fixtures import Cache
 
 from prfaas_jax.errors import TransferError
-from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.segments import CARRIER, SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
-from prfaas_jax.transfer.assembly import VIEW_DTYPES, Assembly
+from prfaas_jax.transfer.assembly import Assembly
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.wire import Header
 
-tensors = st.builds(TensorSpec, st.just("x"), st.integers(1, 4), st.integers(1, 6), st.sampled_from(sorted(VIEW_DTYPES)), st.booleans())
+tensors = st.builds(TensorSpec, st.just("x"), st.integers(1, 4), st.integers(1, 6), st.sampled_from(sorted(CARRIER)), st.booleans())
 caches = st.one_of(
     st.builds(LayerCache, st.just("paged"), st.tuples(tensors, tensors)),
     st.builds(LayerCache, st.just("paged"), st.tuples(tensors)),

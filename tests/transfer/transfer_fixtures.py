@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import grpc
 import numpy as np
 
-from prfaas_jax.kvcache.segments import Segment, SegmentKey, kept_part
+from prfaas_jax.kvcache.segments import CARRIER, Segment, SegmentKey, kept_part
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.transfer import frames, wire
-from prfaas_jax.transfer.assembly import VIEW_DTYPES
 from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.lane import METHOD, LaneServer
@@ -54,7 +53,7 @@ class Cache:
             start, stop = group.cache.kept(length)
             for t, tensor in enumerate(group.cache.tensors):
                 shape = len(group.layers), stop - start, tensor.heads, tensor.token_bytes // tensor.heads
-                self.tensors[g, t] = rng.integers(0, 256, shape, np.uint8).view(VIEW_DTYPES[tensor.dtype])
+                self.tensors[g, t] = rng.integers(0, 256, shape, np.uint8).view(CARRIER[tensor.dtype])
 
     def place(self, key: SegmentKey) -> tuple[slice, slice, slice]:
         """Where a key's elements lie in its tensor."""
