@@ -27,6 +27,9 @@ MESSAGE_KIB = flags.DEFINE_integer("message_kib", 2048, "largest message", lower
 GBPS = flags.DEFINE_float("gbps", None, "rate of the relay; none: no relay, unless --rtt_ms")
 RTT_MS = flags.DEFINE_float("rtt_ms", 0.0, "round trip of the relay", lower_bound=0)
 CODEC = flags.DEFINE_enum("codec", "none", ["none", "zstd"], "what messages go through on the host; random bytes, as these, do not shrink")
+PROCESSES = flags.DEFINE_integer(
+    "processes", 0, "our lanes through so many sender and receiver processes as well", lower_bound=0, upper_bound=64
+)
 TLS = flags.DEFINE_bool("tls", False, "our lanes over mutual TLS with a token as well")
 NO_CHECKSUM = flags.DEFINE_bool("no_checksum", False, "only without checksums; by default both")
 OTHERS = flags.DEFINE_bool("others", True, "jax.experimental.transfer, mooncake, nixl as well, without checksums, where installed")
@@ -58,6 +61,7 @@ def main(argv: list[str]) -> None:
             MESSAGE_KIB.value,
             compressed=CODEC.value == "zstd",
             security=security,
+            processes=PROCESSES.value,
             others=others,
             peers_python=PEERS_PYTHON.value,
         )

@@ -7,7 +7,8 @@ import bisect
 import dataclasses
 import hashlib
 import json
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 CacheKind = Literal["paged", "window", "state"]
 
@@ -102,9 +103,23 @@ class CacheSpec:
         """States plus full windows: what even an infinitely short increment ships."""
         return sum(g.bytes(g.cache.window or 1) for g in self.groups if g.cache.kind != "paged")
 
+    def fields(self) -> dict[str, Any]:
+        """As plain values, for JSON; `from_fields` makes the same spec of them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "CacheSpec":
+        """Of a process of our own: nothing is checked."""
+        groups = []
+        for group in fields["groups"]:
+            cache = group["cache"]
+            tensors = tuple(TensorSpec(**tensor) for tensor in cache["tensors"])
+            groups.append(CacheGroup(LayerCache(cache["kind"], tensors, cache["window"]), tuple(group["layers"])))
+        return cls(tuple(groups))
+
     def fingerprint(self) -> str:
         """Hex digest of the layout; two sides whose digests differ must not exchange KV."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Cached(Protocol):

@@ -14,6 +14,7 @@ from prfaas_jax.serving.generation import Generation, Progress, Site, Write
 from prfaas_jax.serving.peers import PrefillPeers
 from prfaas_jax.serving.proto import common_pb2, generation_pb2
 from prfaas_jax.serving.text import TextCodec
+from prfaas_jax.transfer.child import MAX_PROCESSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class DecodeServerOptions(FrontOptions):
     Attributes:
         idle_s: a remote prefill without any sign of life for so long has failed.
         lanes: connections to each prefill server's lane port; more of them fill a link with a long round trip sooner.
+        receiver_processes: processes of its own that lanes end in, for links that one interpreter cannot empty; 0: they end in this one.
+            A prefill server's lanes end in as many of them as it has sender processes.
         codec: how KV travels: none, zstd (lossless), kinds and names as in paged=int8,state=bf16, or auto, which picks by what the link
             carries.
         allow_lossy: auto may pick a codec that loses bits.
@@ -32,6 +35,7 @@ class DecodeServerOptions(FrontOptions):
 
     idle_s: float = 5.0
     lanes: int = 2
+    receiver_processes: int = 0
     codec: str = "none"
     allow_lossy: bool = False
     max_staging_bytes: int = 64 << 20
@@ -42,6 +46,8 @@ class DecodeServerOptions(FrontOptions):
         for field in ("idle_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
+        if not 0 <= self.receiver_processes <= MAX_PROCESSES:
+            raise InvalidInput("receiver_processes", self.receiver_processes, f"0..{MAX_PROCESSES}")
         CodecPolicy(self.codec, self.allow_lossy)
 
 
@@ -54,7 +60,7 @@ class DecodeServer(GenerationFront):
         self._engine, self._tokenizer = engine, tokenizer
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
-        self._peers = PrefillPeers(options, options.lanes)
+        self._peers = PrefillPeers(options, options.lanes, options.receiver_processes)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
         codecs = CodecPolicy(options.codec, options.allow_lossy)
         self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs)
@@ -63,6 +69,15 @@ class DecodeServer(GenerationFront):
     def fingerprint(self) -> str:
         """The model's, which both sides must share."""
         return self._engine.fingerprint
+
+    async def start(self) -> None:
+        """See GenerationFront.start; receiver processes are up before anything is served."""
+        await asyncio.to_thread(self._peers.start)
+        try:
+            await super().start()
+        except BaseException:
+            await self._peers.close()
+            raise
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""

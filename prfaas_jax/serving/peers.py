@@ -10,7 +10,8 @@ import grpc
 from prfaas_jax.serving.control_plane import control_channel
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.lanes import LaneGroup
-from prfaas_jax.transfer.link import LinkEstimate
+from prfaas_jax.transfer.link import LinkEstimate, together
+from prfaas_jax.transfer.receivers import AnyLaneGroup, Receivers
 from prfaas_jax.transfer.security import Security
 
 # Release is a courtesy: the lease of the other side ends what this does not reach.
@@ -18,15 +19,21 @@ _RELEASE_S = 2.0
 # What a server can do changes only when it is restarted.
 _ABILITIES_S = 30.0
 _STATUS_S = 2.0
+# A receiver process that has ended is up again sooner.
+_RESTARTED_S = 3.0
 
 
 class PrefillPeers:
-    """Connections by address; lanes are opened with the same `security`, `lanes` of them to each sender."""
+    """Connections by address; lanes are opened with the same `security`, `lanes` of them to each sender.
 
-    def __init__(self, security: Security, lanes: int = 1) -> None:
+    They end in so many `processes`, which are up between `start` and `close`, or, without any, in this one.
+    """
+
+    def __init__(self, security: Security, lanes: int = 1, processes: int = 0) -> None:
         self.security, self._lanes = security, lanes
+        self._receivers = Receivers(processes, security) if processes else None
         self._channels: dict[str, Any] = {}
-        self._groups: dict[str, LaneGroup] = {}
+        self._groups: dict[str, AnyLaneGroup] = {}
         self._senders: dict[str, str] = {}  # lane address -> prefill server that named it last
         self._codecs: dict[str, tuple[float, tuple[str, ...]]] = {}  # when asked, what was answered
         self._releases: set[asyncio.Task[None]] = set()
@@ -37,20 +44,35 @@ class PrefillPeers:
             self._channels[address] = control_channel(address, self.security)
         return prefill_pb2_grpc.PrefillStub(self._channels[address])
 
-    def groups(self, prefill_address: str, lane_addresses: list[str]) -> list[LaneGroup]:
-        """Lanes to each address that a prefill server named, new ones where the old are dead."""
+    def start(self) -> None:
+        """Starts the processes, if any; raises TransferError when one does not come up."""
+        if self._receivers is not None:
+            self._receivers.start()
+
+    async def groups(self, prefill_address: str, lane_addresses: list[str]) -> list[AnyLaneGroup]:
+        """Lanes to each address that a prefill server named, new ones where the old are dead.
+
+        Waits a little for a receiver process that is being started again; raises TransferError when none comes up.
+        """
+        if self._receivers is not None:
+            deadline = time.monotonic() + _RESTARTED_S
+            while not self._receivers.pids and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
         for address in lane_addresses:
             self._senders[address] = prefill_address
             if address not in self._groups or not self._groups[address].alive:
-                self._groups[address] = LaneGroup(address, self._lanes, self.security)
+                # One probe measures the link that all of a server's addresses share.
+                probe = address == lane_addresses[0]
+                if self._receivers is None:
+                    self._groups[address] = LaneGroup(address, self._lanes, self.security, probe=probe)
+                else:
+                    self._groups[address] = self._receivers.connect(address, self._lanes, probe=probe)
         return [self._groups[address] for address in dict.fromkeys(lane_addresses)]
 
     def link(self, prefill_address: str) -> LinkEstimate | None:
         """The link from a prefill server as it is measured now; None before its lanes are known."""
-        for address, group in self._groups.items():
-            if self._senders[address] == prefill_address and group.alive:
-                return group.estimate()
-        return None
+        groups = [group for address, group in self._groups.items() if self._senders[address] == prefill_address and group.alive]
+        return together([group.estimate() for group in groups]) if groups else None
 
     async def codecs(self, prefill_address: str) -> tuple[str, ...]:
         """Names of device codecs that a prefill server has programs for; none while it does not answer."""
@@ -66,7 +88,8 @@ class PrefillPeers:
 
     def links(self) -> list[generation_pb2.Link]:
         """Every link as it is measured now."""
-        return [link_to_proto(self._senders[at], group.estimate()) for at, group in self._groups.items() if group.alive]
+        links = {address: self.link(address) for address in dict.fromkeys(self._senders.values())}
+        return [link_to_proto(address, link) for address, link in links.items() if link is not None]
 
     def release(self, address: str, ticket: bytes, epoch: int) -> None:
         """Tells the other side, in the background and for a bounded time, that its staging is not needed any more."""
@@ -83,6 +106,8 @@ class PrefillPeers:
         self._channels.clear()
         await asyncio.gather(*(asyncio.to_thread(group.close) for group in self._groups.values()))
         self._groups.clear()
+        if self._receivers is not None:
+            await asyncio.to_thread(self._receivers.close)
 
     async def _release(self, address: str, ticket: bytes, epoch: int) -> None:
         try:

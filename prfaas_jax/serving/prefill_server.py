@@ -10,21 +10,26 @@ import grpc
 from absl import logging
 
 from prfaas_jax.engine import api
-from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
+from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.control_plane import ControlPlane
 from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.transfer.child import MAX_PROCESSES
 from prfaas_jax.transfer.endpoint import parse_address
 from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket, UnknownTicket
 from prfaas_jax.transfer.security import Security, check_listen
+from prfaas_jax.transfer.senders import SharedOutbox
 from prfaas_jax.transfer.wire import PROTOCOL_VERSION
 
 SERVICE = "prfaas.v1.Prefill"
 # Notices of one control stream that wait for its client to read: a hundred thousand segments.
 _MAX_UNREAD_BYTES = 8 << 20
+# A sender process hears of a ticket within a millisecond.
+_KNOWN_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,10 @@ class PrefillServerOptions(Security):
     Attributes:
         address: host:port of the control plane; port 0 takes any free one.
         lane_address: host:port of the lane that KV is fetched from.
-        advertise_lane: what peers are told to fetch from instead of `lane_address`, e.g. a relay or a public name.
+        sender_processes: processes of its own that KV leaves through, for links that one interpreter cannot fill; 0: it leaves through this
+            one. Each listens on a port: `lane_address`'s and those after it, or free ones where that is 0.
+        advertise_lane: what peers are told to fetch from instead of `lane_address`, e.g. a relay or a public name; with several sender
+            processes, its port and those after it.
         staging_bytes: KV computed and not yet fetched, all requests together; beyond it prompts are refused.
         max_requests: control streams served at once; the engine's own queue is bounded by its own options.
         max_streams: lane streams served at once.
@@ -47,6 +55,7 @@ class PrefillServerOptions(Security):
 
     address: str = "127.0.0.1:0"
     lane_address: str = "127.0.0.1:0"
+    sender_processes: int = 0
     advertise_lane: str | None = None
     staging_bytes: int = 1 << 30
     max_requests: int = 64
@@ -66,6 +75,8 @@ class PrefillServerOptions(Security):
         for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s", "detach_s", "message_kib"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
+        if not 0 <= self.sender_processes <= MAX_PROCESSES:
+            raise InvalidInput("sender_processes", self.sender_processes, f"0..{MAX_PROCESSES}")
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,21 +98,26 @@ class _Stream:
     last_words: list[prefill_pb2.PrefillEvent] = dataclasses.field(default_factory=list)
 
 
+def _outbox(spec: CacheSpec, options: PrefillServerOptions) -> tuple[Outbox, LaneServer | SharedOutbox]:
+    """What holds the segments, and what sends them."""
+    pace = None if options.pace_gbps is None else options.pace_gbps * 1e9 / 8
+    lane: dict[str, Any] = {"message_bytes": options.message_kib << 10, "bytes_per_s": pace, "security": options}
+    lane["max_streams"] = options.max_streams
+    held = spec, options.staging_bytes, options.lease_s
+    if options.sender_processes:
+        shared = SharedOutbox(*held, processes=options.sender_processes, address=options.lane_address, **lane)
+        return shared, shared
+    outbox = Outbox(*held)
+    return outbox, LaneServer(outbox, options.lane_address, **lane)
+
+
 class PrefillServer(prefill_pb2_grpc.PrefillServicer):
     """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
 
     def __init__(self, engine: api.PrefillEngine, options: PrefillServerOptions):
         self._engine = engine
         self._options = options
-        self._outbox = Outbox(engine.spec, options.staging_bytes, options.lease_s, time.monotonic)
-        self._lanes = LaneServer(
-            self._outbox,
-            options.lane_address,
-            options.max_streams,
-            message_bytes=options.message_kib << 10,
-            bytes_per_s=None if options.pace_gbps is None else options.pace_gbps * 1e9 / 8,
-            security=options,
-        )
+        self._outbox, self._lanes = _outbox(engine.spec, options)
         self._plane = ControlPlane(options.address, SERVICE, options)
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -117,9 +133,9 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         return self._engine.fingerprint
 
     @property
-    def lane_address(self) -> str:
-        """host:port of the lane, as bound; peers are told `advertise_lane` where that was given."""
-        return self._lanes.address
+    def lane_addresses(self) -> tuple[str, ...]:
+        """host:port of the lanes of each sender process, as bound; peers are told `advertise_lane` where that was given."""
+        return self._lanes.addresses
 
     async def start(self) -> None:
         """Binds both ports and serves; raises InvalidInput naming an address that cannot be bound."""
@@ -128,7 +144,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         except InvalidInput:
             self._lanes.stop(0)
             raise
-        self._lanes.start()
+        await asyncio.to_thread(self._lanes.start)
         await self._plane.start()
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -157,7 +173,15 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             stream.attached.cancel()  # its caller has given it up, and must not miss what it would still take from the queue
         stream.attached = task = asyncio.current_task()
         try:
-            await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream)))
+            try:
+                async with asyncio.timeout(_KNOWN_S):
+                    # Shielded: whoever comes back to the ticket waits for the same.
+                    lanes = await asyncio.shield(asyncio.wrap_future(self._lanes.shares(stream.ticket)))
+            except TransferError as error:
+                await context.abort(messages.code_of(error), str(error))
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"a sender process has said nothing for {_KNOWN_S} s")
+            await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream, lanes)))
             if not stream.last_words:
                 await self._relay(stream, context)
             for words in stream.last_words:
@@ -249,14 +273,17 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             raise UnknownTicket(f"ticket {request.resume_ticket.hex()} of epoch {request.resume_epoch} is not served here, or not any more")
         return stream
 
-    def _accepted(self, stream: _Stream) -> prefill_pb2.Accepted:
+    def _accepted(self, stream: _Stream, lanes: dict[int, str]) -> prefill_pb2.Accepted:
         epoch, job = stream.ticket.epoch, stream.job
+        if self._options.advertise_lane is not None:
+            host, port = parse_address("advertise_lane", self._options.advertise_lane)
+            lanes = {index: f"{host}:{port + index}" for index in lanes}
         return prefill_pb2.Accepted(
             ticket=stream.ticket.id,
             epoch=epoch,
             manifest=messages.manifest(self._engine.spec, len(job.prompt), job.held_tokens, job.codec),
             codec=str(job.codec),
-            lanes=[prefill_pb2.Lane(address=self._options.advertise_lane or self.lane_address, epoch=epoch)],
+            lanes=[prefill_pb2.Lane(address=lane, epoch=epoch) for lane in lanes.values()],
         )
 
     def _on_event(self, stream: _Stream, event: api.Event) -> None:

@@ -217,7 +217,7 @@ class RemotePrefill:
                 idle_s=self._idle_s,
                 max_staging_bytes=self._max_staging_bytes,
             )
-        puller, groups = self._puller, self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
+        puller, groups = self._puller, await self._peers.groups(self._address, [lane.address for lane in accepted.lanes])
         puller.start(accepted.ticket, accepted.epoch, groups)
         pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.wire_bytes)
         following = asyncio.create_task(self._follow(control, puller, pulled))

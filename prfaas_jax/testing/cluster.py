@@ -92,7 +92,7 @@ class Cluster:
             self._starting[name] = processes.launch(name, module_command(f"experiments.serve_{name}", flags | security), engine_env)
         self._wait_ready()
         prefill, decode = (self._starting[name].ready for name in sites)
-        self.lane.set_target(prefill["lane_address"])
+        self.lane.set_target(prefill["lane_addresses"][0])
         self.control = stack.enter_context(Relay(prefill["address"], gbps=options.gbps, rtt_ms=options.rtt_ms))
         self.decode_address: str = decode["address"]
         router: dict[str, Any] = {

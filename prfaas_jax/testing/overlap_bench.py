@@ -80,7 +80,7 @@ class OverlapBench:
             decode = launch_server(processes, "decode", "decode", self._decode)
             for process in (prefill, decode):
                 process.wait_ready(READY_S)
-            self._lane.set_target(prefill.ready["lane_address"])
+            self._lane.set_target(prefill.ready["lane_addresses"][0])
             self._prefill_address, self._decode_address = prefill.ready["address"], decode.ready["address"]
             self._control = stack.enter_context(Relay(self._prefill_address, rtt_ms=self._rtt_ms))
             self._stack = stack.pop_all()

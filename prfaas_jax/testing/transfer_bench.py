@@ -34,6 +34,7 @@ class Lanes(Pair):
         via: str | None = None,
         address: str = "127.0.0.1:0",
         security: Mapping[str, Mapping[str, Any]] | None = None,
+        processes: int = 0,
     ):
         """Starts nothing yet.
 
@@ -46,8 +47,13 @@ class Lanes(Pair):
             via: "host:port" that the receiver connects to instead, a relay whose target is `address`.
             address: where the sender listens.
             security: fields of `Security` by role, "sender" and "receiver".
+            processes: sender processes, and as many receiver processes, each pair with its lanes; 0: one interpreter on each side.
+
+        Raises InvalidInput for several sender processes on a path that leads to one.
         """
-        shape = {"lanes": lanes, "message_kib": message_kib}
+        if processes > 1 and via is not None:
+            raise InvalidInput("processes", processes, "at most 1 over a relay, which leads to one address")
+        shape = {"lanes": lanes, "message_kib": message_kib, "processes": processes}
         how: dict[str, Any] = {"checksum": checksum, "compressed": compressed, "via": via, "security": security or {}}
         super().__init__("lanes", nbytes, address, None, MOVER_ENV, **shape, **how)
 
@@ -137,6 +143,7 @@ def measure(
     *,
     compressed: bool = False,
     security: Mapping[str, Mapping[str, Any]] | None = None,
+    processes: int = 0,
     others: bool = False,
     peers_python: str | None = None,
 ) -> tuple[dict[str, list[Sample]], dict[str, str]]:
@@ -151,6 +158,10 @@ def measure(
         OURS: lambda **at: Lanes(nbytes, lanes, message_kib, checksum, compressed, security=security, **at),
         RAW: lambda **at: RawSockets(nbytes, checksum, **at),
     }
+    if processes:
+        made[f"{OURS}, {processes} + {processes} processes"] = lambda **at: Lanes(
+            nbytes, lanes, message_kib, checksum, compressed, security=security, processes=processes, **at
+        )
     if not checksum:
         made["bare gRPC stream"] = lambda **at: GrpcStream(nbytes, message_kib, **at)
     if others and not route.shaped and not checksum:

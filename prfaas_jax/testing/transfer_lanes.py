@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
@@ -18,7 +19,9 @@ from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.puller import Puller
+from prfaas_jax.transfer.receivers import AnyLaneGroup, Receivers
 from prfaas_jax.transfer.security import NONE, Security, add_port, open_channel, server_interceptors
+from prfaas_jax.transfer.senders import SharedOutbox
 
 # A KV cache of 2 KiB per token: its segments are ranges of the buffer.
 _TOKEN_BYTES = 2048
@@ -32,36 +35,64 @@ def _ticket(run: int) -> Ticket:
 
 
 class Lanes(Transport):
-    """Options: lanes, message_kib, checksum, compressed, via (connect there instead), tls ({role: Security fields})."""
+    """Options: lanes, message_kib, checksum, compressed, via (connect there instead), processes, security ({role: Security fields}).
+
+    With `processes` on each side, what is put into their shared memory, and taken from it, is part of the transfer.
+    """
 
     def __init__(self, role: Role, buffer: np.ndarray, options: dict[str, Any]):
-        """Starts the lane server at the sender."""
+        """Starts the lane server at the sender, and the processes of either end."""
         super().__init__(role, buffer, options)
         self._security = Security(**options.get("security", {}).get(role, {}))
         self._open: Ticket | None = None
         self._blocks: dict[int, np.ndarray] = {}
-        self._segment = options["message_kib"] << 10
+        self._segment, processes = options["message_kib"] << 10, options["processes"]
+        lane: dict[str, Any] = {"address": options["address"], "message_bytes": self._segment, "security": self._security}
+        self._server: LaneServer | SharedOutbox
+        self._receivers: Receivers | None = None
+        if role == "sender" and processes:
+            self._outbox: Outbox = SharedOutbox(_SPEC, 4 * buffer.nbytes, 600.0, processes=processes, **lane)
+            assert isinstance(self._outbox, SharedOutbox)
+            self._server = self._outbox
+        elif role == "sender":
+            self._outbox = Outbox(_SPEC, 4 * buffer.nbytes, 600.0)
+            self._server = LaneServer(self._outbox, **lane)
+        elif processes:
+            self._receivers = Receivers(processes, self._security)
+            self._receivers.start()
         if role == "sender":
-            self._outbox = Outbox(_SPEC, 4 * buffer.nbytes, lease_s=600.0)
-            self._server = LaneServer(self._outbox, options["address"], message_bytes=self._segment, security=self._security)
             self._server.start()
 
     def hello(self) -> dict[str, Any]:
         """Where the lanes are."""
-        return {"lane": self._server.address} if self.role == "sender" else {}
+        return {"lanes": self._server.addresses} if self.role == "sender" else {}
 
     def meet(self, peer: dict[str, Any]) -> None:
         """Connects, and waits until every lane has carried its first probe."""
         if self.role == "receiver":
-            self._group = LaneGroup(self.options["via"] or peer["lane"], self.options["lanes"], self._security, probe=False)
-            if not self._group.warm(30.0):
-                raise OSError(f"lanes to {self._group.address} did not come up")
+            addresses = [self.options["via"]] if self.options["via"] else peer["lanes"]
+            if self._receivers is None:
+                self._groups: list[AnyLaneGroup] = [
+                    LaneGroup(address, self.options["lanes"], self._security, probe=False) for address in addresses
+                ]
+            else:
+                self._groups = [self._receivers.connect(address, self.options["lanes"], probe=False) for address in addresses]
+            for group in self._groups:
+                if not group.warm(30.0):
+                    raise OSError(f"lanes to {group.address} did not come up")
 
     def prepare(self, nbytes: int, run: int) -> None:
-        """Opens a ticket whose segments are the buffer's first bytes, all ready."""
+        """Opens a ticket, whose segments are the buffer's first bytes: ready, unless they have to be put into shared memory."""
         if self._open is not None:
             self._outbox.release(self._open.id, self._open.epoch)
         self._open = self._outbox.open(nbytes // _TOKEN_BYTES, _ticket(run))
+        self._server.shares(self._open).result(_IDLE_S)
+        if not self.options["processes"]:
+            self.send(nbytes)
+
+    def send(self, nbytes: int) -> None:
+        """Makes them ready."""
+        assert self._open is not None
         view = self.buffer.data
         for start in range(0, nbytes, self._segment):
             stop = min(nbytes, start + self._segment)
@@ -71,7 +102,6 @@ class Lanes(Transport):
 
     def receive(self, nbytes: int, run: int, ask: Callable[[], None]) -> None:
         """Pulls that ticket; every block is kept, as a view of what came."""
-        del ask
         self._blocks.clear()
 
         def keep(key: SegmentKey, block: np.ndarray, done: Callable[[], None]) -> None:
@@ -82,12 +112,20 @@ class Lanes(Transport):
         checked, compressed = self.options["checksum"], self.options["compressed"]
         puller = Puller(_SPEC, nbytes // _TOKEN_BYTES, keep, checked=checked, compressed=compressed, idle_s=_IDLE_S)
         ticket = _ticket(run)
-        puller.start(ticket.id, ticket.epoch, [self._group])
+        puller.start(ticket.id, ticket.epoch, self._groups)
+        if self.options["processes"]:
+            ask()
         puller.finish(nbytes)
 
     def received(self, nbytes: int) -> np.ndarray:
         """The blocks, one after the other."""
         return np.concatenate([self._blocks[start].reshape(-1).view(np.uint8) for start in sorted(self._blocks)])
+
+    def cpu_s(self) -> float:
+        """See Transport.cpu_s."""
+        own = self._receivers if self.role == "receiver" else self._server
+        pids = own.pids if isinstance(own, SharedOutbox | Receivers) else ()
+        return super().cpu_s() + sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 class GrpcStream(Transport):

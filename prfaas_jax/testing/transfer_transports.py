@@ -54,6 +54,10 @@ class Transport:
         """At the receiver: what came."""
         return self.buffer[:nbytes]
 
+    def cpu_s(self) -> float:
+        """Core-seconds that this end has used so far, all its threads and processes."""
+        return time.process_time()
+
 
 class RawSockets(Transport):
     """sendall and recv_into, a MiB at a time, over `connections` connections, each with its thread and its share of the bytes."""

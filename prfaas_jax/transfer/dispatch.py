@@ -149,7 +149,7 @@ class Dispatcher:
     def join(self, session_id: bytes, number: int) -> Stream:
         """A stream of a session has connected; raises InvalidInput for a number that it has used before."""
         with self._changed:
-            self._forget_orphans()
+            self.forget_orphans()
             session = self._sessions.setdefault(session_id, Session(self._message_bytes))
             if number in session.streams or number in session.lost:
                 raise InvalidInput("stream", number, "a number that this session has not used")
@@ -163,7 +163,7 @@ class Dispatcher:
             stream.session.left_at = self._clock()
             if not stream.unacked:
                 stream.session.streams.pop(stream.number, None)
-            self._forget_orphans()
+            self.forget_orphans()
             self._changed.notify_all()
 
     def lost(self, stream: Stream, number: int, received: int) -> None:
@@ -333,12 +333,18 @@ class Dispatcher:
             piece.sending.in_flight -= piece.nbytes
             piece.sending.held.touched = now
 
-    def _forget_orphans(self) -> None:
-        """Drops sessions that nobody came back to."""
-        now = self._clock()
-        for session_id, session in list(self._sessions.items()):
-            if not session.live and (now - session.left_at > ORPHAN_S or not session.sendings):
-                del self._sessions[session_id]
+    def forget_orphans(self) -> None:
+        """Drops sessions that nobody came back to, or has anything to come back for: they keep payloads from being freed."""
+        with self._changed:
+            now = self._clock()
+            for session_id, session in list(self._sessions.items()):
+                if session.live:
+                    continue
+                self._notice_ends(session)
+                if now - session.left_at > ORPHAN_S or not session.sendings:
+                    for stream in session.streams.values():
+                        stream.unacked.clear()  # gRPC may keep frames of a stream that is over, and with them the stream
+                    del self._sessions[session_id]
 
     def stalled(self, stream: Stream, seconds: float) -> bool:
         """Whether a stream's oldest message has been unacknowledged for `seconds`."""

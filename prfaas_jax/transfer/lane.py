@@ -18,7 +18,7 @@ from prfaas_jax.errors import InvalidInput, PeerMismatch, PrfaasError, TransferE
 from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.channel import LANE_SERVER_OPTIONS
 from prfaas_jax.transfer.dispatch import Dispatcher, Stream
-from prfaas_jax.transfer.outbox import Outbox
+from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.security import NONE, Security, add_port, server_interceptors
 
 SERVICE = "prfaas.Lane"
@@ -90,6 +90,17 @@ class LaneServer:
         method = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Stream": method}),))
         self.address = add_port(self._server, "lane_address", address, security)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The one address, as others have several."""
+        return (self.address,)
+
+    def shares(self, ticket: Ticket) -> futures.Future[dict[int, str]]:
+        """See SharedOutbox.shares: the one address brings all, and knows of it."""
+        known: futures.Future[dict[int, str]] = futures.Future()
+        known.set_result({0: self.address})
+        return known
 
     @property
     def streams(self) -> int:
@@ -181,6 +192,7 @@ class LaneServer:
     def _watch(self) -> None:
         """A reader that stops would pin its threads for ever: HTTP/2 flow control has no deadline."""
         while not self._stopping.wait(min(1.0, self._stall_s / 4, self._idle_s / 4)):
+            self._dispatcher.forget_orphans()
             now = time.monotonic()
             with self._lock:
                 served = list(self._served.items())

@@ -16,8 +16,10 @@ import grpc
 from absl import logging
 
 from prfaas_jax.errors import InvalidInput, PrfaasError, TransferError
+from prfaas_jax.kvcache.spec import DTYPE_BYTES
 from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
+from prfaas_jax.transfer.compression import decompress
 from prfaas_jax.transfer.lane import METHOD
 from prfaas_jax.transfer.link import LinkEstimate, LinkMeter
 from prfaas_jax.transfer.security import NONE, Security, open_channel
@@ -43,8 +45,8 @@ _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION, 
 class Receiver(Protocol):
     """A transfer, as lanes see it. Called from lane threads, several at a time; none may block or raise."""
 
-    def take(self, header: wire.Header, payload: memoryview) -> None:
-        """A verified message of the transfer's ticket."""
+    def take(self, header: wire.Header, payload: memoryview, wire_bytes: int) -> None:
+        """A verified message of the transfer's ticket, not compressed any more; it travelled as `wire_bytes`."""
         ...
 
     def ended(self) -> None:
@@ -86,10 +88,7 @@ class LaneGroup:
 
         Raises InvalidInput for numbers out of range.
         """
-        if not 1 <= lanes <= 64:
-            raise InvalidInput("lanes", lanes, "a number of connections in 1..64")
-        if not dead_s > 0:
-            raise InvalidInput("dead_s", dead_s, "a positive number of seconds")
+        check_lanes(lanes, dead_s)
         self.address = address
         self._security, self._dead_s, self._probe = security, dead_s, probe
         self._session = secrets.token_bytes(frames.SESSION_BYTES)
@@ -314,7 +313,15 @@ class LaneGroup:
             # A straggler of a ticket that was closed, or one whose close went down with a connection.
             lane.outgoing.put(frames.encode(frames.Close(header.ticket, header.epoch)))
         else:
-            opened.receiver.take(header, payload)
+            wire_bytes = payload.nbytes
+            try:
+                if header.compressed:
+                    payload = memoryview(decompress(payload, header.raw_bytes, DTYPE_BYTES[header.dtype]))
+            except TransferError as error:
+                # Its checksum was right: sent again it would be the same.
+                opened.receiver.failed(TransferError(f"lane {self.address}: message {header.sequence}: {error}"))
+            else:
+                opened.receiver.take(header, payload, wire_bytes)
         # Each message, and not earlier: once all are acknowledged the sender says that there is no more, over whichever lane; and one that
         # is left over, because what was ready behind it went over another lane, would take its place in the window for ever.
         lane.outgoing.put(frames.encode(frames.Ack(lane.received)))
@@ -344,6 +351,14 @@ class LaneGroup:
             return 0
         rate = self._meter.estimate(now).bytes_per_s
         return int(min(max(rate * _PROBE_S, _MIN_PROBE_BYTES), _MAX_PROBE_BYTES))
+
+
+def check_lanes(lanes: int, dead_s: float) -> None:
+    """Raises InvalidInput for numbers that no group can have."""
+    if not 1 <= lanes <= 64:
+        raise InvalidInput("lanes", lanes, "a number of connections in 1..64")
+    if not dead_s > 0:
+        raise InvalidInput("dead_s", dead_s, "a positive number of seconds")
 
 
 def _reason(error: Exception) -> str:

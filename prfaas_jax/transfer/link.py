@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 # A step of the link's rate is seen once this much time has passed: older arrivals do not count, unless there are no others.
 _MEMORY_S = 1.0
@@ -11,6 +12,7 @@ _PATIENCE_S = 0.05
 _STALL_S = 0.25
 _STALL_RTTS = 4.0
 _RTT_MEMORY_S = 30.0
+_TOGETHER_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,21 @@ class LinkEstimate:
     stalls: int = 0
     stalled_s: float = 0.0
     age_s: float = float("inf")
+
+
+def together(estimates: Sequence[LinkEstimate]) -> LinkEstimate:
+    """One link that several groups of lanes share, each of which has measured its part.
+
+    Rates that were measured at the same time add up; one that is older was measured when others were idle, and is left out.
+    """
+    if not estimates:
+        return LinkEstimate()
+    age = min(e.age_s for e in estimates)
+    rate = sum(e.bytes_per_s for e in estimates if e.age_s <= age + _TOGETHER_S)
+    goodput = sum(e.goodput_bytes_per_s for e in estimates)
+    rtt = min((e.rtt_s for e in estimates if e.rtt_s), default=0.0)
+    stalls, stalled = sum(e.stalls for e in estimates), sum(e.stalled_s for e in estimates)
+    return LinkEstimate(rate, rate, rtt, goodput, max(0.0, rate - goodput), stalls, stalled, age)
 
 
 class LinkMeter:

@@ -136,17 +136,9 @@ class Outbox:
         given more bytes than it reserved.
         """
         with self.changed:
-            held = self.find(ticket.id, ticket.epoch)
-            segment.key.check(held.spec, held.length, held.prefix)
-            nbytes = segment.key.nbytes(held.spec)
-            if segment.payload.nbytes != nbytes or not segment.payload.c_contiguous:
-                raise InvalidInput("segment.payload", segment.payload, f"{nbytes} contiguous bytes")
-            if held.finished:
-                raise TransferError(f"ticket {ticket.hex} is finished; {segment.key} came late")
-            if held.put_bytes + nbytes > held.reserved:
-                raise TransferError(f"ticket {ticket.hex} reserved {held.reserved} bytes; {segment.key} goes beyond")
+            held = self._check(ticket, segment)
             held.segments.append(Segment(segment.key, segment.payload.cast("B")))
-            held.put_bytes += nbytes
+            held.put_bytes += segment.payload.nbytes
             self._progress(held)
 
     def finish(self, ticket: Ticket) -> None:
@@ -199,6 +191,23 @@ class Outbox:
             raise StaleEpoch(f"ticket {ticket_id.hex()} has epoch {held.ticket.epoch}, not {epoch}")
         if held.error is not None:
             raise TransferError(f"ticket {ticket_id.hex()} failed: {held.error}") from held.error
+        return held
+
+    def touched_since(self, moment: float) -> tuple[Ticket, ...]:
+        """Tickets whose lease was extended since a moment of `clock`."""
+        with self.changed:
+            return tuple(held.ticket for held in self._held.values() if held.touched > moment)
+
+    def _check(self, ticket: Ticket, segment: Segment) -> Held:
+        held = self.find(ticket.id, ticket.epoch)
+        segment.key.check(held.spec, held.length, held.prefix)
+        nbytes = segment.key.nbytes(held.spec)
+        if segment.payload.nbytes != nbytes or not segment.payload.c_contiguous:
+            raise InvalidInput("segment.payload", segment.payload, f"{nbytes} contiguous bytes")
+        if held.finished:
+            raise TransferError(f"ticket {ticket.hex} is finished; {segment.key} came late")
+        if held.put_bytes + nbytes > held.reserved:
+            raise TransferError(f"ticket {ticket.hex} reserved {held.reserved} bytes; {segment.key} goes beyond")
         return held
 
     def _progress(self, held: Held) -> None:

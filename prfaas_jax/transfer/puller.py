@@ -9,12 +9,11 @@ import numpy as np
 from prfaas_jax.errors import InvalidInput, PrfaasError, TransferError
 from prfaas_jax.kvcache.codecs import AS_CACHED, CacheCodec
 from prfaas_jax.kvcache.segments import SegmentKey
-from prfaas_jax.kvcache.spec import DTYPE_BYTES, CacheSpec
+from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.assembly import Assembly, Block
-from prfaas_jax.transfer.compression import decompress
 from prfaas_jax.transfer.counters import Counters
-from prfaas_jax.transfer.lanes import LaneGroup
+from prfaas_jax.transfer.receivers import AnyLaneGroup
 
 # Grants are said in about so many parts of the staging.
 _GRANTS = 8
@@ -71,7 +70,7 @@ class Puller:
         self._handing: set[int] = set()  # threads in `on_block`
         self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
         self._ticket: tuple[bytes, int] = (b"", 0)
-        self._sources: dict[LaneGroup, _Source] = {}
+        self._sources: dict[AnyLaneGroup, _Source] = {}
         self._error: TransferError | None = None
         self._progress = self._moved = time.monotonic()
 
@@ -81,7 +80,7 @@ class Puller:
         with self._changed:
             return self._assembly.staged
 
-    def start(self, ticket_id: bytes, epoch: int, groups: Sequence[LaneGroup]) -> None:
+    def start(self, ticket_id: bytes, epoch: int, groups: Sequence[AnyLaneGroup]) -> None:
         """Pulls a ticket over every group, each of which brings its share of it.
 
         After a failure it may be called again with another ticket for the same cache, cut in the same way: blocks that are here stay, and
@@ -181,16 +180,13 @@ class Puller:
                 self._error = error
                 self._changed.notify_all()
 
-    def _take(self, source: "_Source", header: wire.Header, payload: memoryview) -> None:
+    def _take(self, source: "_Source", header: wire.Header, payload: memoryview, wire_bytes: int) -> None:
         header.check(self._wire_spec, self._length, self._prefix)
-        nbytes = payload.nbytes
-        if header.compressed:
-            payload = memoryview(decompress(payload, header.raw_bytes, DTYPE_BYTES[header.dtype]))
         with self._changed:
             if self._error is not None or self._sources.get(source.group) is not source:
                 return
             self._progress = self._moved = time.monotonic()
-            self._wire_bytes += nbytes
+            self._wire_bytes += wire_bytes
             moved = self._assembly.moved
             block = self._assembly.claim(header, payload)
             if self._assembly.moved == moved:  # it was here already
@@ -237,7 +233,7 @@ class Puller:
 class _Source:
     """A transfer's share of one group: its grant, and its ear there."""
 
-    def __init__(self, puller: Puller, group: LaneGroup, ticket: bytes, granted: int):
+    def __init__(self, puller: Puller, group: AnyLaneGroup, ticket: bytes, granted: int):
         self._puller, self.group, self._ticket, self.granted = puller, group, ticket, granted
         self._unsaid, self._much = 0, granted // _GRANTS
         self.over = False
@@ -250,10 +246,10 @@ class _Source:
             self._unsaid = 0
             self.group.grant(self._ticket, self.granted)
 
-    def take(self, header: wire.Header, payload: memoryview) -> None:
+    def take(self, header: wire.Header, payload: memoryview, wire_bytes: int) -> None:
         """See Receiver.take."""
         try:
-            self._puller._take(self, header, payload)
+            self._puller._take(self, header, payload, wire_bytes)
         except PrfaasError as error:
             self._puller._fail(TransferError(f"lane {self.group.address}: {error}"))
         except Exception as error:  # whatever a callback raises ends the transfer, and must not end silently with a lane's thread

@@ -104,17 +104,22 @@ def encode(header: Header, payload: memoryview) -> bytes:
         raise InvalidInput("ticket", header.ticket.hex(), f"{TICKET_BYTES} bytes")
     if header.dtype not in DTYPE_CODES:
         raise InvalidInput("dtype", header.dtype, f"one of {sorted(DTYPE_CODES)}")
-    key = header.key
-    flags = header.checked * _CHECKED | header.again * _AGAIN | header.backlog * _BACKLOG | header.compressed * _COMPRESSED
     try:
-        head = _HEADER.pack(
-            *(MAGIC, PROTOCOL_VERSION, flags, DTYPE_CODES[header.dtype], header.ticket, header.epoch, header.sequence),
-            *(key.group, key.tensor, *key.layers, *key.tokens, *key.heads),
-            *(header.offset, header.segment_bytes, header.raw_bytes, payload.nbytes),
-        )
+        head = pack(header, payload.nbytes)
     except struct.error as error:
         raise InvalidInput("header", header, f"fields that fit the wire format ({error})") from error
     return b"".join((head, _CRC.pack(_checksum(head, payload, header.checked)), payload))
+
+
+def pack(header: Header, payload_bytes: int) -> bytes:
+    """The first bytes of a message, of which `header_of` makes the same header; raises struct.error for a field that does not fit."""
+    key = header.key
+    flags = header.checked * _CHECKED | header.again * _AGAIN | header.backlog * _BACKLOG | header.compressed * _COMPRESSED
+    return _HEADER.pack(
+        *(MAGIC, PROTOCOL_VERSION, flags, DTYPE_CODES[header.dtype], header.ticket, header.epoch, header.sequence),
+        *(key.group, key.tensor, *key.layers, *key.tokens, *key.heads),
+        *(header.offset, header.segment_bytes, header.raw_bytes, payload_bytes),
+    )
 
 
 def decode(message: bytes) -> tuple[Header, memoryview]:
@@ -125,8 +130,7 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
     """
     if len(message) <= HEADER_BYTES:
         raise TransferError(f"message of {len(message)} bytes: truncated, a header alone has {HEADER_BYTES}")
-    fields = _HEADER.unpack_from(message)
-    magic, version, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, segment_bytes, raw, nbytes = fields
+    magic, version, flags, dtype, _, _, sequence, *_, raw, nbytes = _HEADER.unpack_from(message)
     if magic != MAGIC:
         raise TransferError(f"message starts with {magic!r}, expected {MAGIC!r}")
     if version != PROTOCOL_VERSION:
@@ -139,13 +143,18 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
         raise TransferError(f"checksum of message {sequence}: header says {crc:#010x}, the bytes have {seen:#010x}")
     if dtype not in _DTYPES:
         raise TransferError(f"message {sequence}: dtype code {dtype}, expected one of {sorted(_DTYPES)}")
-    compressed = bool(flags & _COMPRESSED)
-    if not 0 < raw <= MAX_MESSAGE_BYTES or (not compressed and raw != nbytes):
+    if not 0 < raw <= MAX_MESSAGE_BYTES or (not flags & _COMPRESSED and raw != nbytes):
         raise TransferError(f"message {sequence} claims {raw} raw bytes in a payload of {nbytes}; the limit is {MAX_MESSAGE_BYTES}")
+    return header_of(message), payload
+
+
+def header_of(message: bytes) -> Header:
+    """The header of a message that `decode` has judged, or of what `pack` made; what follows it does not matter."""
+    _, _, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, size, raw, _ = _HEADER.unpack_from(message)
     a, b, c, d, e, f = ranges
     key = SegmentKey(group, tensor, (a, b), (c, d), (e, f))
-    checked, again, backlog = bool(flags & _CHECKED), bool(flags & _AGAIN), bool(flags & _BACKLOG)
-    return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, segment_bytes, raw, checked, again, backlog, compressed), payload
+    said = [bool(flags & flag) for flag in (_CHECKED, _AGAIN, _BACKLOG, _COMPRESSED)]
+    return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, size, raw, *said)
 
 
 def checksum(start: int, data: bytes | memoryview) -> int:

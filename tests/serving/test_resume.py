@@ -33,7 +33,7 @@ def through_relays(gbps=None, engine=None, decode_options=None, **options):
     with contextlib.ExitStack() as stack:
         lane = stack.enter_context(Relay("127.0.0.1:9", gbps=gbps))
         server = stack.enter_context(prefill_server(engine, advertise_lane=lane.address, **options))
-        lane.set_target(server.lane_address)
+        lane.set_target(server.lane_addresses[0])
         control = stack.enter_context(Relay(server.address))
         decode = stack.enter_context(decode_server(**decode_options or {}))
         yield server, decode, lane, control

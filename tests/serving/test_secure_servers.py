@@ -114,7 +114,7 @@ def test_every_port_refuses_strangers_promptly(ours, theirs, who, capfd):
         with pytest.raises(grpc.RpcError) as caught:
             prefill_status(prefill.address, security)
         assert caught.value.code() is code
-        with open_channel(prefill.lane_address, LANE_CHANNEL_OPTIONS, security) as lane, pytest.raises(grpc.RpcError) as caught:
+        with open_channel(prefill.lane_addresses[0], LANE_CHANNEL_OPTIONS, security) as lane, pytest.raises(grpc.RpcError) as caught:
             list(lane.unary_stream(METHOD)(b"anything", timeout=20))
         assert caught.value.code() is code
         assert time.monotonic() - begun < 4 * PROMPTLY_S

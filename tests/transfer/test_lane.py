@@ -123,7 +123,7 @@ class Slow:
         self.taken, self.taken_at_end = 0, None
         self.over = threading.Event()
 
-    def take(self, header, payload):
+    def take(self, header, payload, wire_bytes):
         time.sleep(0.02)
         self.taken += payload.nbytes
 
