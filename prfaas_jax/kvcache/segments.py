@@ -54,8 +54,8 @@ class SegmentKey:
 
     def shape(self, spec: CacheSpec) -> tuple[int, int, int, int]:
         """`[layers, tokens, heads, width]` of the payload."""
-        sizes = [b - a for a, b in (self.layers, self.tokens, self.heads)]
-        return (sizes[0], sizes[1], sizes[2], self.tensor_spec(spec).width)
+        (a, b), (c, d), (e, f) = self.layers, self.tokens, self.heads
+        return b - a, d - c, f - e, self.tensor_spec(spec).width
 
     def nbytes(self, spec: CacheSpec) -> int:
         """Payload bytes before any codec."""

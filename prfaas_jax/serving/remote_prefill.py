@@ -36,6 +36,10 @@ _ELSEWHERE = (
 )
 # Clocks of two machines may run a little differently; beyond this a peer's report is wrong.
 _CLOCK_SLACK_S = 1e-3
+# How often a transfer's end is predicted; and it is given up when it would take so many times what is left, and has for so long.
+_PREDICT_S = 0.25
+_LATE_BY = 1.25
+_SURE_S = 1.0
 
 
 class RemotePrefillFailed(TransferError):
@@ -221,16 +225,36 @@ class RemotePrefill:
         puller.start(accepted.ticket, accepted.epoch, groups)
         pulled = asyncio.get_running_loop().run_in_executor(self._executor, puller.finish, accepted.manifest.wire_bytes)
         following = asyncio.create_task(self._follow(control, puller, pulled))
+        hopeless = asyncio.create_task(self._predict(puller, pulled))
         try:
-            both: set[asyncio.Future[Any]] = {pulled, following}
-            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
-            if following.done():
-                following.result()
+            tasks: set[asyncio.Future[Any]] = {pulled, following, hopeless}
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (following, hopeless):
+                if task.done():
+                    task.result()
             return await pulled
         finally:
             following.cancel()
+            hopeless.cancel()
             # Not to be interrupted: until lanes have let go a block could still reach pages that are about to be freed.
             await asyncio.shield(self._end(puller, following, pulled))
+
+    async def _predict(self, puller: Puller, pulled: "asyncio.Future[Counters]") -> None:
+        """Raises RemotePrefillFailed once it is clear that the link brings the rest too late: something else may still be in time."""
+        late_since: float | None = None
+        while not pulled.done():
+            await asyncio.wait({pulled}, timeout=_PREDICT_S)
+            link = self._peers.link(self._address)
+            if link is None or link.bytes_per_s <= 0:
+                continue
+            # The least that it takes: the rest of the prefill, and whoever shares the link, come on top.
+            needed, left = puller.left_bytes / link.bytes_per_s, self._time_left()
+            now = time.monotonic()
+            late_since = (late_since or now) if needed > _LATE_BY * left else None
+            if late_since is not None and now - late_since >= _SURE_S:
+                rate = f"{link.bytes_per_s * 8 / 1e6:.3g} Mbit/s"
+                why = f"predicted to take {needed:.1f} s more at {rate}, and the deadline is in {left:.1f} s"
+                raise self._failed(grpc.StatusCode.UNAVAILABLE, why)
 
     async def _end(self, puller: Puller, following: asyncio.Task[None], pulled: "asyncio.Future[Counters]") -> None:
         if not pulled.done():

@@ -7,6 +7,7 @@ Copies of a payload on this side, before the engine's scatter: the kernel's into
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -65,7 +66,7 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole block."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def complete(self) -> bool:

@@ -10,6 +10,7 @@ import queue
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 import grpc
@@ -38,6 +39,8 @@ _MIN_PROBE_BYTES, _MAX_PROBE_BYTES = 64 << 10, 4 << 20
 _ATTEMPTS, _ATTEMPTS_REFUSED = 8, 3
 _PAUSE_S = 0.015
 _REST_S = 2.0
+# An acknowledgement costs four threads of gRPC's a turn each, on both sides together: while more follows, they are said together.
+_ACK_S = 0.002
 # Statuses that another try would not change.
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
 
@@ -64,16 +67,33 @@ class _Opened:
     request: frames.Open
 
 
+class _Acknowledge:
+    """Stands in a queue for an `Ack` of all that has been taken when it leaves."""
+
+
+_ACKNOWLEDGE = _Acknowledge()
+_Outgoing = queue.SimpleQueue[bytes | _Acknowledge | None]
+
+
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """One connection after another; guarded by the group's lock, except `received`, which its own thread alone writes."""
+    """One connection after another; guarded by the group's lock, except what its own thread alone writes: `received` and `taken`.
+
+    Attributes:
+        taken: messages that may be acknowledged: verified and handed on.
+        acking: word of that is queued, and what is taken until it leaves goes with it.
+        more: the sender had more to send when the last message left.
+    """
 
     index: int
     thread: threading.Thread | None = None
-    outgoing: "queue.SimpleQueue[bytes | None]" = dataclasses.field(default_factory=queue.SimpleQueue)
+    outgoing: "_Outgoing" = dataclasses.field(default_factory=queue.SimpleQueue)
     call: grpc.Call | None = None
     stream: int = 0
     received: int = 0
+    taken: int = 0
+    acking: bool = False
+    more: bool = False
     heard: float = 0.0
     pinged: float = 0.0
     brought: bool = False  # this connection has carried something
@@ -238,20 +258,21 @@ class LaneGroup:
     def _connect(self, lane: _Lane) -> Exception:
         """One connection from its hello to whatever ends it, which is returned."""
         channel = open_channel(self.address, LANE_CHANNEL_OPTIONS, self._security)
-        outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        outgoing: _Outgoing = queue.SimpleQueue()
         error: Exception = TransferError("the sender ended the stream")
         try:
             with self._changed:
                 if self._closed:
                     return error
                 now = time.monotonic()
-                lane.outgoing, lane.stream, lane.received, lane.heard = outgoing, next(self._numbers), 0, now
+                lane.outgoing, lane.stream, lane.heard = outgoing, next(self._numbers), now
+                lane.received, lane.taken, lane.acking = 0, 0, False
                 confirmed = list(self._lost)
                 first: list[frames.Frame] = [frames.Hello(self._session, lane.stream), *confirmed]
                 for frame in (*first, *(opened.request for opened in self._opened.values())):
                     outgoing.put(frames.encode(frame))
                 self._ping(lane, now, 0 if self._opened else _FIRST_PROBE_BYTES)
-                lane.call = channel.stream_stream(METHOD)(iter(outgoing.get, None))
+                lane.call = channel.stream_stream(METHOD)(self._said(lane, outgoing))
             for message in lane.call:
                 self._on_message(lane, message, confirmed)
         except (grpc.RpcError, PrfaasError) as raised:
@@ -268,6 +289,17 @@ class LaneGroup:
                 call.cancel()
             channel.close()
         return error
+
+    def _said(self, lane: _Lane, outgoing: _Outgoing) -> Iterator[bytes]:
+        """What a connection is told; run by a thread of gRPC's."""
+        while (item := outgoing.get()) is not None:
+            if isinstance(item, bytes):
+                yield item
+                continue
+            if lane.more:
+                time.sleep(_ACK_S)
+            lane.acking = False  # first: what is taken from now on is said again
+            yield frames.encode(frames.Ack(lane.taken))
 
     def _on_message(self, lane: _Lane, message: bytes, confirmed: list[frames.Lost]) -> None:
         """Raises PrfaasError for what cannot be read: the connection is of no use then, and what it had in flight is asked for again."""
@@ -322,9 +354,12 @@ class LaneGroup:
                 opened.receiver.failed(TransferError(f"lane {self.address}: message {header.sequence}: {error}"))
             else:
                 opened.receiver.take(header, payload, wire_bytes)
-        # Each message, and not earlier: once all are acknowledged the sender says that there is no more, over whichever lane; and one that
-        # is left over, because what was ready behind it went over another lane, would take its place in the window for ever.
-        lane.outgoing.put(frames.encode(frames.Ack(lane.received)))
+        # Not earlier: once all are acknowledged the sender says that there is no more, over whichever lane. And each, sooner or later: one
+        # that is left over, because what was ready behind it went over another lane, would take its place in the window for ever.
+        lane.taken, lane.more = lane.received, header.backlog
+        if not lane.acking:
+            lane.acking = True
+            lane.outgoing.put(_ACKNOWLEDGE)
 
     # --- the monitor's thread --------------------------------------------------------------------------------------------------------
 

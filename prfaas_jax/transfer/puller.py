@@ -68,6 +68,7 @@ class Puller:
         self._wire_bytes = 0
         self._in_flight = 0  # blocks handed on whose `done` has not come
         self._handing: set[int] = set()  # threads in `on_block`
+        self._parting = False  # somebody waits for these
         self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
         self._ticket: tuple[bytes, int] = (b"", 0)
         self._sources: dict[AnyLaneGroup, _Source] = {}
@@ -80,6 +81,13 @@ class Puller:
         with self._changed:
             return self._assembly.staged
 
+    @property
+    def left_bytes(self) -> float:
+        """Bytes that are still to come, as they travel: what is compressed is taken to shrink on as it did so far."""
+        with self._changed:
+            moved = self._assembly.moved
+            return (self._assembly.total - moved) * (self._wire_bytes / moved if moved else 1.0)
+
     def start(self, ticket_id: bytes, epoch: int, groups: Sequence[AnyLaneGroup]) -> None:
         """Pulls a ticket over every group, each of which brings its share of it.
 
@@ -90,7 +98,7 @@ class Puller:
             raise InvalidInput("lanes", groups, "at least one address")
         with self._changed:
             self._leave()
-            self._error = None
+            self._error, self._parting = None, False
             self._ticket = (ticket_id, epoch)
             self._assembly.forget_partial()
             held = self._assembly.whole_blocks()
@@ -146,6 +154,7 @@ class Puller:
         """Leaves the lanes; what one of them is in the middle of handing on is waited for, unless it is this very call's doing."""
         with self._changed:
             self._leave()
+            self._parting = True
             self._changed.wait_for(lambda: self._handing <= {threading.get_ident()}, _JOIN_S)
 
     # --- with the lock held --------------------------------------------------------------------------------------------------------
@@ -157,6 +166,11 @@ class Puller:
 
     def _over(self) -> bool:
         return self._error is not None or (self._in_flight == 0 and self._assembly.complete)
+
+    def _wake(self) -> None:
+        """Who waits, waits for an end: to be woken for every block costs more than the block."""
+        if self._parting or self._over():
+            self._changed.notify_all()
 
     def _time_left(self) -> float:
         """Seconds until one of the timers runs out; sets the error when one has."""
@@ -187,6 +201,7 @@ class Puller:
                 return
             self._progress = self._moved = time.monotonic()
             self._wire_bytes += wire_bytes
+            source.came += payload.nbytes
             moved = self._assembly.moved
             block = self._assembly.claim(header, payload)
             if self._assembly.moved == moved:  # it was here already
@@ -204,7 +219,7 @@ class Puller:
         finally:
             with self._changed:
                 self._handing.discard(threading.get_ident())
-                self._changed.notify_all()
+                self._wake()
 
     def _done(self, block: Block) -> None:
         with self._changed:
@@ -212,7 +227,7 @@ class Puller:
                 return
             self._in_flight -= 1
             self._progress = self._moved = time.monotonic()
-            self._changed.notify_all()
+            self._wake()
             for source, nbytes in self._owed.pop(block.key, {}).items():
                 # What an earlier ticket brought makes room for the present one.
                 current = source if self._sources.get(source.group) is source else next(iter(self._sources.values()), None)
@@ -221,7 +236,7 @@ class Puller:
             if not self._in_flight:
                 # What is not said must not be what a block that has begun waits for.
                 for source in self._sources.values():
-                    source.grant(0, now=True)
+                    source.grant(0, now=source.short)
 
     def _ended(self) -> None:
         with self._changed:
@@ -236,7 +251,13 @@ class _Source:
     def __init__(self, puller: Puller, group: AnyLaneGroup, ticket: bytes, granted: int):
         self._puller, self.group, self._ticket, self.granted = puller, group, ticket, granted
         self._unsaid, self._much = 0, granted // _GRANTS
+        self.came = 0
         self.over = False
+
+    @property
+    def short(self) -> bool:
+        """The sender may have little left to send of what it knows to be granted."""
+        return self.granted - self._unsaid - self.came < self._much * _GRANTS // 2
 
     def grant(self, nbytes: int, now: bool = False) -> None:
         """Room for so many more, which the sender hears `now` or when it has become much; with the puller's lock held."""

@@ -182,3 +182,32 @@ def test_the_link_is_measured_and_reported():
     parts, alone_s = usage.parts, SPEC.bytes(4000) / usage.link.bytes_per_s
     assert 0.9 * alone_s - parts.prefill - parts.queue < usage.exposed_bound_s < 1.01 * alone_s
     assert usage.exposed_bound_s * 0.9 < parts.exposed_transfer < usage.exposed_bound_s * 1.5 + 0.2
+
+
+def test_a_link_that_slows_down_tenfold_is_waited_for_while_there_is_time():
+    prompt = prompt_of(LENGTH)
+    with through_relays(gbps=0.01) as (server, decode, lane, control):
+        answer = in_background(lambda: generate(decode.address, request(prompt, 6, prefill=control.address, allow_fallback=True)))
+        eventually(lambda: lane.passed() > TOTAL / 2, what="half of the bytes")
+        lane.set_link(0.001)
+        usage = answer.result(20).usage
+        assert answer.result().tokens == greedy(prompt, 6)
+        assert (usage.placement, usage.fallbacks, usage.kv_bytes_moved) == ("remote", 0, TOTAL)
+        assert usage.link.bytes_per_s < 3 * 0.001e9 / 8, "and the link is known to be slow"
+        eventually(lambda: idle(server.address, decode.address), what="nothing left")
+
+
+def test_a_link_that_slows_down_too_much_is_given_up_before_the_deadline():
+    """By predicted finish: the answer comes from a local prefill, in time, and not as a deadline that has passed."""
+    prompt = prompt_of(LENGTH)
+    with through_relays(gbps=0.01) as (server, decode, lane, control):
+        message = request(prompt, 6, prefill=control.address, allow_fallback=True)
+        answer = in_background(lambda: generate(decode.address, message, timeout=6.0))
+        eventually(lambda: lane.passed() > TOTAL / 4, what="a quarter of the bytes")
+        lane.set_link(0.0002)
+        usage = answer.result(20).usage
+        assert answer.result().tokens == greedy(prompt, 6)
+        assert (usage.placement, usage.fallbacks) == ("local", 1)
+        assert "predicted to take" in usage.fallback_reason
+        assert usage.ttft_s < 5.0
+        eventually(lambda: idle(server.address, decode.address), what="nothing left")
