@@ -11,8 +11,9 @@ from prfaas_jax.transfer.child import Message, Parent, run_child
 from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.shared_memory import Regions
 
-# Slots that nobody uses keep their memory up to this.
-_SPARE_BYTES = 256 << 20
+# Slots that nobody uses keep their memory up to this, for as long as transfers follow each other.
+_SPARE_BYTES = 1 << 30
+_IDLE_S = 10.0
 _REPORT_S = 0.1
 
 
@@ -46,6 +47,7 @@ class _Receiver:
         self._parent, self._security = parent, parent.security
         self._lock = threading.Lock()
         self._regions = Regions(parent.memory, _SPARE_BYTES)
+        self._used = time.monotonic()  # when a slot was last in use
         self._groups: dict[int, LaneGroup] = {}
 
     def say(self, message: Message) -> None:
@@ -98,9 +100,14 @@ class _Receiver:
         self.say({"group": group, "warm": self._groups[group].warm(timeout_s)})
 
     def report(self) -> None:
-        """Says how the links are and which groups are dead, until the server is gone."""
+        """Says how the links are and which groups are dead, until the server is gone; gives memory back when nothing comes."""
         while True:
             time.sleep(_REPORT_S)
+            with self._lock:
+                if self._regions.taken:
+                    self._used = time.monotonic()
+                elif time.monotonic() - self._used > _IDLE_S:
+                    self._regions.trim()
             for number, group in list(self._groups.items()):
                 self.say({"group": number, "link": dataclasses.astuple(group.estimate()), "alive": group.alive})
 

@@ -76,34 +76,46 @@ class Regions:
     """
 
     def __init__(self, memory: SharedMemory, spare_bytes: int):
-        """`spare_bytes` of regions that nobody uses keep their memory at most."""
+        """`spare_bytes` of regions that nobody uses keep their memory at most; `taken` says how many are in use."""
         self._memory, self._spare_limit = memory, spare_bytes
-        self._end = self._spare = 0
+        self._end = self._spare = self.taken = 0
         self._warm: dict[int, list[int]] = defaultdict(list)
         self._cold: dict[int, list[int]] = defaultdict(list)
 
     def take(self, nbytes: int) -> int:
         """Offset of a region of at least so many bytes; raises Exhausted."""
         size = _size(nbytes)
+        fresh = not self._warm[size] and not self._cold[size]
+        if fresh and self._end + size > self._memory.nbytes:
+            raise Exhausted(f"shared memory of {self._memory.nbytes} bytes has no region of {size} bytes left")
+        self.taken += 1
         if self._warm[size]:
             self._spare -= size
             return self._warm[size].pop()
         if self._cold[size]:
             return self._cold[size].pop()
-        if self._end + size > self._memory.nbytes:
-            raise Exhausted(f"shared memory of {self._memory.nbytes} bytes has no region of {size} bytes left")
         self._end += size
         return self._end - size
 
     def give(self, offset: int, nbytes: int) -> None:
         """Takes back what `take(nbytes)` gave."""
         size = _size(nbytes)
+        self.taken -= 1
         if self._spare + size <= self._spare_limit:
             self._spare += size
             self._warm[size].append(offset)
         else:
             self._memory.discard(offset, size)
             self._cold[size].append(offset)
+
+    def trim(self) -> None:
+        """Gives the memory of everything that is spare back to the system."""
+        for size, offsets in self._warm.items():
+            for offset in offsets:
+                self._memory.discard(offset, size)
+            self._cold[size] += offsets
+            offsets.clear()
+        self._spare = 0
 
 
 def _size(nbytes: int) -> int:

@@ -381,6 +381,13 @@ def test_regions_are_used_again_and_spare_memory_is_bounded():
     regions.give(a, 1 << 20)
     regions.give(b, 700_000)  # beyond what may be spare: its pages go back
     assert (bytes(memory.view(a, 4)), bytes(memory.view(b, 4))) == (b"aaaa", bytes(4))
+    assert {regions.take(1 << 20), regions.take(1 << 20)} == {a, b} and regions.taken == 2
+    for offset in (a, b):
+        memory.view(offset, 4)[:] = b"cccc"
+        regions.give(offset, 1 << 20)
+    assert b"cccc" in (bytes(memory.view(a, 4)), bytes(memory.view(b, 4)))
+    regions.trim()
+    assert bytes(memory.view(a, 4)) == bytes(memory.view(b, 4)) == bytes(4) and regions.taken == 0
     assert {regions.take(1 << 20), regions.take(1 << 20)} == {a, b}
     with pytest.raises(Exhausted, match="shared memory"):
         regions.take(1 << 31)
