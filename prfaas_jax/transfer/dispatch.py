@@ -121,6 +121,7 @@ class Session:
         self.lost: set[int] = set()  # streams that the reader has given up, though their hello may still be on its way
         self.notices: collections.deque[Frame] = collections.deque()
         self.flow = Flow(message_bytes)
+        self.order = 0  # messages sent, on whichever stream
         self.left_at = 0.0  # when its last stream ended
 
     @property
@@ -251,8 +252,9 @@ class Dispatcher:
             stream.unacked.append((piece, session.flow.send(piece.nbytes, now)))
             stream.in_flight += piece.nbytes
             sequence, stream.sent = stream.sent, stream.sent + 1
+            order, session.order = session.order, (session.order + 1) % 2**32
             backlog = any(self._ready(session))
-        return self._encode(piece, sequence, backlog), True
+        return self._encode(piece, sequence, backlog, order), True
 
     def _prepare(self, stream: Stream) -> Frame | Piece | float:
         """A frame or a piece to send, or how long to wait for one."""
@@ -308,7 +310,7 @@ class Dispatcher:
                 sending.ended = True
                 session.notices.append(End(ticket_id, ticket.epoch))
 
-    def _encode(self, piece: Piece, sequence: int, backlog: bool) -> bytes:
+    def _encode(self, piece: Piece, sequence: int, backlog: bool, order: int) -> bytes:
         """Outside the lock: a copy and a checksum, the larger part of a sender's work."""
         sending, key = piece.sending, piece.segment.key
         ticket, dtype = sending.held.ticket, key.tensor_spec(sending.held.spec).dtype
@@ -320,7 +322,8 @@ class Dispatcher:
             if compressed := len(frame) < piece.nbytes:
                 payload = memoryview(frame)
         place = (piece.offset, whole.nbytes, piece.nbytes)
-        header = wire.Header(ticket.id, ticket.epoch, sequence, key, dtype, *place, sending.checked, piece.again, backlog, compressed)
+        flags = (sending.checked, piece.again, backlog, compressed)
+        header = wire.Header(ticket.id, ticket.epoch, sequence, key, dtype, *place, *flags, order)
         return wire.encode(header, payload)
 
     def _acknowledge(self, stream: Stream, received: int) -> None:

@@ -339,7 +339,7 @@ class LaneGroup:
         with self._changed:
             lane.heard, lane.brought = now, True
             lane.received += 1
-            self._meter.arrived(now, payload.nbytes, header.backlog)
+            self._meter.arrived(now, payload.nbytes, header.backlog, header.order)
             opened = self._opened.get(header.ticket)
         if opened is None or opened.request.epoch != header.epoch:
             # A straggler of a ticket that was closed, or one whose close went down with a connection.

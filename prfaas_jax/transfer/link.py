@@ -56,9 +56,10 @@ def together(estimates: Sequence[LinkEstimate]) -> LinkEstimate:
 
 
 class LinkMeter:
-    """Fed with arrivals of all lanes of a peer pair in order. Not thread safe. `now` are seconds of one monotonic clock.
+    """Fed with arrivals of all lanes of a peer pair. Not thread safe. `now` are seconds of one monotonic clock.
 
-    A rate is measured only over time in which the sender had more to send: `backlog` of the arrival before says so.
+    A rate is measured only over time in which the sender had more to send: `backlog` of the message that it sent last says so. What one
+    lane brings may have left before what another has brought already, and then knows less.
     """
 
     def __init__(self) -> None:
@@ -67,10 +68,11 @@ class LinkMeter:
         self._rtts: collections.deque[tuple[float, float]] = collections.deque()
         self._last: float | None = None
         self._backlog = False
+        self._order: int | None = None
         self._stalls, self._stalled_s = 0, 0.0
 
-    def arrived(self, now: float, nbytes: int, backlog: bool) -> None:
-        """Bytes have come; with `backlog` the next ones come as fast as the link allows."""
+    def arrived(self, now: float, nbytes: int, backlog: bool, order: int | None = None) -> None:
+        """Bytes have come; with `backlog` the next ones come as fast as the link allows. `order` is the sender's, modulo 2^32."""
         if self._backlog and self._last is not None:
             took = now - self._last
             self._busy.append((now, nbytes, took))
@@ -78,12 +80,14 @@ class LinkMeter:
                 self._stalls += 1
                 self._stalled_s += took
         self._recent.append((now, nbytes))
-        self._last, self._backlog = now, backlog
+        self._last = now
+        if order is None or self._order is None or (order - self._order) % 2**32 < 2**31:
+            self._backlog, self._order = backlog, order
         self._prune(now)
 
     def interrupted(self) -> None:
-        """A connection was lost: the pause until the next arrival is not the link's pace."""
-        self._backlog = False
+        """A connection was lost: the pause until the next arrival is not the link's pace, and a sender that has forgotten counts anew."""
+        self._backlog, self._order = False, None
 
     def round_trip(self, now: float, seconds: float) -> None:
         """A ping came back."""

@@ -15,7 +15,7 @@ from prfaas_jax.errors import InvalidInput, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # A message's payload at most, unless told otherwise: the fastest size measured on a link without a limit (a slow one gets smaller ones,
 # see `Flow.piece_bytes`), and the limit, which keeps every message below gRPC's 4 MiB receive limit.
@@ -27,9 +27,9 @@ DTYPE_CODES = {"float32": 0, "bfloat16": 1, "uint8": 2}
 _DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 
 MAGIC = b"PfKV"
-# magic, version, flags, dtype, ticket, epoch, sequence, group, tensor, layers, tokens, heads, offset, segment, raw and payload bytes
+# magic, version, flags, dtype, ticket, epoch, sequence, group, tensor, layers, tokens, heads, offset, segment, raw and payload bytes, order
 # Padded so that the payload of a message, whose bytes Python puts 32 behind a multiple of 16, is aligned for any dtype.
-_HEADER = struct.Struct("<4sHBB16sIIHHIIIIIIQQII8x")
+_HEADER = struct.Struct("<4sHBB16sIIHHIIIIIIQQIII4x")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _CHECKED, _AGAIN, _BACKLOG, _COMPRESSED = 1, 2, 4, 8
@@ -60,6 +60,7 @@ class Header:
         again: these bytes were sent before, on a stream that was lost.
         backlog: when this message was handed to the network, more was ready: what follows comes as fast as the link allows.
         compressed: the payload is a zstd frame of `raw_bytes` bytes.
+        order: number of the message within its session, whichever stream carries it, modulo 2^32.
     """
 
     ticket: bytes
@@ -74,6 +75,7 @@ class Header:
     again: bool = False
     backlog: bool = False
     compressed: bool = False
+    order: int = 0
 
     def check(self, spec: CacheSpec, length: int, held: int = 0) -> None:
         """Raises TransferError unless key, dtype and sizes agree with what a `length`-token request adds to its first `held` tokens."""
@@ -118,7 +120,7 @@ def pack(header: Header, payload_bytes: int) -> bytes:
     return _HEADER.pack(
         *(MAGIC, PROTOCOL_VERSION, flags, DTYPE_CODES[header.dtype], header.ticket, header.epoch, header.sequence),
         *(key.group, key.tensor, *key.layers, *key.tokens, *key.heads),
-        *(header.offset, header.segment_bytes, header.raw_bytes, payload_bytes),
+        *(header.offset, header.segment_bytes, header.raw_bytes, payload_bytes, header.order),
     )
 
 
@@ -130,7 +132,7 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
     """
     if len(message) <= HEADER_BYTES:
         raise TransferError(f"message of {len(message)} bytes: truncated, a header alone has {HEADER_BYTES}")
-    magic, version, flags, dtype, _, _, sequence, *_, raw, nbytes = _HEADER.unpack_from(message)
+    magic, version, flags, dtype, _, _, sequence, *_, raw, nbytes, _ = _HEADER.unpack_from(message)
     if magic != MAGIC:
         raise TransferError(f"message starts with {magic!r}, expected {MAGIC!r}")
     if version != PROTOCOL_VERSION:
@@ -150,11 +152,11 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
 
 def header_of(message: bytes) -> Header:
     """The header of a message that `decode` has judged, or of what `pack` made; what follows it does not matter."""
-    _, _, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, size, raw, _ = _HEADER.unpack_from(message)
+    _, _, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, size, raw, _, order = _HEADER.unpack_from(message)
     a, b, c, d, e, f = ranges
     key = SegmentKey(group, tensor, (a, b), (c, d), (e, f))
-    said = [bool(flags & flag) for flag in (_CHECKED, _AGAIN, _BACKLOG, _COMPRESSED)]
-    return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, size, raw, *said)
+    checked, again, backlog, compressed = (bool(flags & flag) for flag in (_CHECKED, _AGAIN, _BACKLOG, _COMPRESSED))
+    return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, size, raw, checked, again, backlog, compressed, order)
 
 
 def checksum(start: int, data: bytes | memoryview) -> int:

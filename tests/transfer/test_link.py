@@ -87,3 +87,19 @@ def test_round_trip_is_the_smallest_of_late():
 )
 def test_what_the_computation_cannot_hide(segments, computed, rate, bound):
     assert exposed_bound_s(segments, computed, rate) == pytest.approx(bound)
+
+
+def test_a_lane_that_lags_does_not_promise_more_than_the_sender_has():
+    """Of two messages the second, which left last and was the last, overtakes the first: the pause that follows is nobody's pace."""
+    meter, now = LinkMeter(), 0.0
+    for order in range(0, 40, 2):
+        for late, backlog in ((1, False), (0, True)):
+            now += 0.001
+            meter.arrived(now, 1 << 20, backlog, (order + late + 2**32 - 10) % 2**32)
+        now += 0.5
+    estimate = meter.estimate(now)
+    assert (estimate.stalls, estimate.bytes_per_s) == (0, 0.0), "nothing was measured, and nothing made up"
+    for order in range(40, 60):
+        now += 0.001
+        meter.arrived(now, 1 << 20, True, (order + 2**32 - 10) % 2**32)
+    assert meter.estimate(now).bytes_per_s == pytest.approx((1 << 20) / 0.001, rel=0.1)

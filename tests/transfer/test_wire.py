@@ -32,7 +32,7 @@ def headers_of(size: int, raw: int | None = None) -> st.SearchStrategy[wire.Head
     fixed = {"raw_bytes": size if raw is None else raw, "compressed": raw is not None}
     names = (st.binary(min_size=16, max_size=16), u32, u32, keys, st.sampled_from(sorted(wire.DTYPE_CODES)), u64, u64)
     fields = ("ticket", "epoch", "sequence", "key", "dtype", "offset", "segment_bytes")
-    drawn = dict(zip(fields, names, strict=True)) | {"checked": flags, "again": flags, "backlog": flags}
+    drawn = dict(zip(fields, names, strict=True)) | {"checked": flags, "again": flags, "backlog": flags, "order": u32}
     return st.fixed_dictionaries(drawn).map(lambda values: wire.Header(**values, **fixed))
 
 
