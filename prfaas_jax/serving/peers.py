@@ -58,9 +58,13 @@ class PrefillPeers:
             deadline = time.monotonic() + _RESTARTED_S
             while not self._receivers.pids and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
+        # A sender process that was started again has another address.
+        gone = [at for at, group in self._groups.items() if not group.alive and self._senders[at] == prefill_address]
+        for address in gone:
+            del self._groups[address], self._senders[address]
         for address in lane_addresses:
             self._senders[address] = prefill_address
-            if address not in self._groups or not self._groups[address].alive:
+            if address not in self._groups:
                 # One probe measures the link that all of a server's addresses share.
                 probe = address == lane_addresses[0]
                 if self._receivers is None:

@@ -139,12 +139,12 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
 
     async def start(self) -> None:
         """Binds both ports and serves; raises InvalidInput naming an address that cannot be bound."""
+        await asyncio.to_thread(self._lanes.start)
         try:
             self._plane.bind(lambda server: prefill_pb2_grpc.add_PrefillServicer_to_server(self, server))
         except InvalidInput:
-            self._lanes.stop(0)
+            await asyncio.to_thread(self._lanes.stop, 0)
             raise
-        await asyncio.to_thread(self._lanes.start)
         await self._plane.start()
         self._sweeper = asyncio.create_task(self._sweep())
 

@@ -40,6 +40,7 @@ _CLOCK_SLACK_S = 1e-3
 _PREDICT_S = 0.25
 _LATE_BY = 1.25
 _SURE_S = 1.0
+_FRESH_S = 2.0
 
 
 class RemotePrefillFailed(TransferError):
@@ -245,7 +246,7 @@ class RemotePrefill:
         while not pulled.done():
             await asyncio.wait({pulled}, timeout=_PREDICT_S)
             link = self._peers.link(self._address)
-            if link is None or link.bytes_per_s <= 0:
+            if link is None or self.timeline.first_block is None or not 0 <= link.age_s <= _FRESH_S or link.bytes_per_s <= 0:
                 continue
             # The least that it takes: the rest of the prefill, and whoever shares the link, come on top.
             needed, left = puller.left_bytes / link.bytes_per_s, self._time_left()

@@ -188,16 +188,20 @@ class Assembly:
 
     def forget_partial(self) -> int:
         """Drops blocks that began and did not end, so that they may come again in any cut; the bytes that were dropped."""
-        dropped = 0
-        for key, block in list(self._blocks.items()):
-            if not block.complete:
-                dropped += block.claimed
-                self._coverage.drop(key)
-                del self._blocks[key]
-        self.staged -= dropped
-        self.moved -= dropped
-        self.resent += dropped
-        return dropped
+        partial = [block for block in self._blocks.values() if not block.complete]
+        for block in partial:
+            self.forget(block)
+        return sum(block.claimed for block in partial)
+
+    def forget(self, block: Block) -> None:
+        """Drops one block, staged or freed, as if nothing of it had come; what came again then counts as sent again."""
+        if block.pieces is not None:
+            self.staged -= block.claimed
+        block.pieces = block.buffer = None
+        self.moved -= block.claimed
+        self.resent += block.claimed
+        self._coverage.drop(block.key)
+        del self._blocks[block.key]
 
     def whole(self, key: SegmentKey) -> SegmentKey:
         """The key of the block that a segment belongs in."""

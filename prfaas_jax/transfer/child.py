@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
@@ -32,6 +33,9 @@ _READY_S = 60.0
 _KILL_S = 5.0
 # Between attempts to start a process again.
 _RESTART_S = 0.5
+# A child that is silent for so long is frozen.
+_SILENT_S = 5.0
+_WATCH_S = 0.5
 
 
 class Pipe:
@@ -54,8 +58,9 @@ class Pipe:
                 yield json.loads(self._connection.recv_bytes())
 
     def close(self) -> None:
-        """Ends the conversation."""
-        self._connection.close()
+        """Ends the conversation; idempotent."""
+        if not self._connection.closed:
+            self._connection.close()
 
 
 class Child:
@@ -91,6 +96,8 @@ class Child:
         self._pipe = Pipe(ours.detach())
         self._answer: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.ended = threading.Event()
+        self._stopping = threading.Lock()
+        self._heard = False
         self._reader = threading.Thread(target=self._listen, name=f"{name} listener", daemon=True)
         self._writer = threading.Thread(target=self._speak, name=f"{name} speaker", daemon=True)
         self._reader.start()
@@ -114,22 +121,32 @@ class Child:
         """Tells it something; nothing happens when it is gone."""
         self._outgoing.put(message)
 
+    def silent(self) -> bool:
+        """Whether it has said nothing since the last such question."""
+        heard, self._heard = self._heard, False
+        return not heard
+
+    def kill(self) -> None:
+        """Ends it at once; what follows follows from that."""
+        self._popen.kill()
+
     def stop(self, grace_s: float) -> None:
         """Tells it to end, and kills it when it has not `grace_s` and a few seconds later; idempotent."""
         self._outgoing.put(None)
-        try:
-            self._popen.wait(grace_s + _KILL_S)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait(_KILL_S)
-        for thread in (self._reader, self._writer):
-            if thread is not threading.current_thread():
+        with self._stopping:  # its end, too, has somebody stop it
+            try:
+                self._popen.wait(grace_s + _KILL_S)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait(_KILL_S)
+            for thread in (self._reader, self._writer):
                 thread.join(_KILL_S)
-        self._pipe.close()
+            self._pipe.close()
 
     def _listen(self) -> None:
         first = True
         for message in self._pipe.heard():
+            self._heard = True
             if first:
                 self._answer.put(message)
                 first = False
@@ -164,8 +181,16 @@ class Worker(Protocol):
         """Set when its process is gone."""
         ...
 
+    def silent(self) -> bool:
+        """See Child.silent."""
+        ...
+
+    def kill(self) -> None:
+        """See Child.kill."""
+        ...
+
     def stop(self, grace_s: float) -> None:
-        """See Child.stop."""
+        """See Child.stop; it may come a second time."""
         ...
 
 
@@ -173,7 +198,10 @@ _W = TypeVar("_W", bound=Worker)
 
 
 class Crew(Generic[_W]):
-    """So many workers; in place of one that ends another is started."""
+    """So many workers; in place of one that ends another is started.
+
+    They say something several times a second: one that does not is frozen, and is ended.
+    """
 
     def __init__(self, count: int, make: Callable[[int, Callable[[], None]], _W]):
         """`make(index, on_end)` starts a worker that calls `on_end` once its process is gone. Raises InvalidInput for no such number."""
@@ -182,6 +210,7 @@ class Crew(Generic[_W]):
         self._make = make
         self._lock = threading.Lock()
         self._workers: list[_W | None] = [None] * count
+        self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -189,6 +218,7 @@ class Crew(Generic[_W]):
         try:
             for index in range(len(self._workers)):
                 self._spawn(index)
+            self._thread(self._watch)
         except BaseException:
             self.stop(0.0)
             raise
@@ -200,12 +230,33 @@ class Crew(Generic[_W]):
             return tuple(worker for worker in self._workers if worker is not None and not worker.ended.is_set())
 
     def stop(self, grace_s: float) -> None:
-        """Stops all of them."""
+        """Stops all of them, side by side, and waits for those that were being started."""
         self._stopping.set()
         with self._lock:
             workers = [worker for worker in self._workers if worker is not None]
-        for worker in workers:
-            worker.stop(grace_s)
+        stops = [threading.Thread(target=worker.stop, args=(grace_s,), daemon=True) for worker in workers]
+        for thread in stops:
+            thread.start()
+        for thread in stops:
+            thread.join(grace_s + _READY_S)
+        deadline = time.monotonic() + _READY_S  # what is being started must come up before it can be stopped
+        while (alive := [t for t in self._threads if t.is_alive()]) and time.monotonic() < deadline:
+            alive[0].join(deadline - time.monotonic())
+
+    def _thread(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name="crew", daemon=True)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()
+
+    def _watch(self) -> None:
+        """By what was heard between its own turns: where everything stood still, nobody was silent."""
+        silent: dict[_W, int] = {}
+        while not self._stopping.wait(_WATCH_S):
+            silent = {worker: silent.get(worker, 0) + 1 if worker.silent() else 0 for worker in self.up}
+            for worker, turns in silent.items():
+                if turns * _WATCH_S >= _SILENT_S:
+                    logging.error("%s has said nothing for %.0f s and is ended", worker.name, _SILENT_S)
+                    worker.kill()
 
     def _spawn(self, index: int) -> None:
         worker = self._make(index, lambda: self._ended(index))
@@ -219,9 +270,11 @@ class Crew(Generic[_W]):
     def _ended(self, index: int) -> None:
         with self._lock:
             worker, self._workers[index] = self._workers[index], None
-        if worker is not None and not self._stopping.is_set():
+        if worker is None:
+            return
+        if not self._stopping.is_set():
             logging.error("%s ended, and its transfers with it; another one is started", worker.name)
-            threading.Thread(target=self._restart, args=(index, worker), name=worker.name, daemon=True).start()
+        self._thread(self._restart, index, worker)
 
     def _restart(self, index: int, worker: _W) -> None:
         worker.stop(0.0)

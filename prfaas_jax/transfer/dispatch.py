@@ -50,6 +50,7 @@ class Sending:
     segment: int = 0
     offset: int = 0
     sent: int = 0
+    skipped: int = 0  # of these the reader has already, and no grant is needed
     in_flight: int = 0
     served: int = 0
     ended: bool = False
@@ -64,14 +65,14 @@ class Sending:
             if self.offset == 0 and self._is_there(segment.key):
                 self.segment += 1
                 self.sent += segment.payload.nbytes
-                self.granted += segment.payload.nbytes
+                self.skipped += segment.payload.nbytes
                 continue
             return Piece(self, segment, self.offset, min(limit, self.limit, segment.payload.nbytes - self.offset), again=False)
         return None
 
     def may(self, piece: Piece) -> bool:
         """Whether the reader has room for a piece; it has for what was lost on the way to it."""
-        return piece.again or self.sent + piece.nbytes <= self.granted
+        return piece.again or self.sent + piece.nbytes <= self.granted + self.skipped
 
     def take(self, piece: Piece) -> None:
         """Counts a piece that `next` gave as on its way."""
@@ -208,6 +209,8 @@ class Dispatcher:
         with self._changed:
             if (sending := _opened(stream, ticket, epoch)) is not None:
                 sending.granted = max(sending.granted, granted)
+                room = sending.granted + sending.skipped - sending.sent
+                sending.limit = max(sending.limit, min(self._message_bytes, room // 2))
                 self._changed.notify_all()
 
     def acknowledge(self, stream: Stream, received: int) -> None:

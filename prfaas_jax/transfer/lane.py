@@ -25,8 +25,8 @@ SERVICE = "prfaas.Lane"
 METHOD = f"/{SERVICE}/Stream"
 
 _HELLO_S = 5.0
-_PONG_BYTES = 64 << 10
-_PADDING = bytes(_PONG_BYTES)
+_PONGS, _LEAST_PONG_BYTES, _MOST_PONG_BYTES = 8, 4 << 10, 64 << 10
+_PADDING = bytes(_MOST_PONG_BYTES)
 
 
 @dataclasses.dataclass(eq=False)
@@ -183,9 +183,11 @@ class LaneServer:
             case frames.Lost(number, received):
                 self._dispatcher.lost(stream, number, received)
             case frames.Ping(token, nbytes):
-                for at in range(0, max(1, nbytes), _PONG_BYTES):
+                # Several, or there would be no time between their arrivals to measure a rate by.
+                size = min(max(nbytes // _PONGS, _LEAST_PONG_BYTES), _MOST_PONG_BYTES)
+                for at in range(0, max(1, nbytes), size):
                     left = nbytes - at
-                    self._dispatcher.answer(stream, frames.Pong(token, left > _PONG_BYTES, _PADDING[: max(0, left)]))
+                    self._dispatcher.answer(stream, frames.Pong(token, left > size, _PADDING[: min(size, max(0, left))]))
             case _:
                 raise InvalidInput("frame", type(frame).__name__, "one that a reader says")
 

@@ -148,6 +148,7 @@ class LaneGroup:
         with self._changed:
             opened = self._opened.pop(ticket, None)
             if opened is not None:
+                self._meter.interrupted()  # what the sender had more of may have been this
                 self._say(frames.Close(ticket, opened.request.epoch))
 
     # --- the group ---------------------------------------------------------------------------------------------------------------
@@ -257,10 +258,11 @@ class LaneGroup:
 
     def _connect(self, lane: _Lane) -> Exception:
         """One connection from its hello to whatever ends it, which is returned."""
-        channel = open_channel(self.address, LANE_CHANNEL_OPTIONS, self._security)
         outgoing: _Outgoing = queue.SimpleQueue()
         error: Exception = TransferError("the sender ended the stream")
+        channel = None
         try:
+            channel = open_channel(self.address, LANE_CHANNEL_OPTIONS, self._security)
             with self._changed:
                 if self._closed:
                     return error
@@ -277,6 +279,9 @@ class LaneGroup:
                 self._on_message(lane, message, confirmed)
         except (grpc.RpcError, PrfaasError) as raised:
             error = raised
+        except Exception as raised:  # ours to mend, and no reason for a lane that is dead and does not say so
+            logging.exception("lane %s", self.address)
+            error = TransferError(f"{type(raised).__name__}: {raised}")
         finally:
             with self._changed:
                 call, lane.call = lane.call, None
@@ -287,7 +292,8 @@ class LaneGroup:
             outgoing.put(None)
             if call is not None:
                 call.cancel()
-            channel.close()
+            if channel is not None:
+                channel.close()
         return error
 
     def _said(self, lane: _Lane, outgoing: _Outgoing) -> Iterator[bytes]:
@@ -339,8 +345,9 @@ class LaneGroup:
         with self._changed:
             lane.heard, lane.brought = now, True
             lane.received += 1
-            self._meter.arrived(now, payload.nbytes, header.backlog, header.order)
             opened = self._opened.get(header.ticket)
+            # Of a straggler nothing need follow.
+            self._meter.arrived(now, payload.nbytes, header.backlog and opened is not None, header.order)
         if opened is None or opened.request.epoch != header.epoch:
             # A straggler of a ticket that was closed, or one whose close went down with a connection.
             lane.outgoing.put(frames.encode(frames.Close(header.ticket, header.epoch)))

@@ -69,6 +69,7 @@ class Puller:
         self._in_flight = 0  # blocks handed on whose `done` has not come
         self._handing: set[int] = set()  # threads in `on_block`
         self._parting = False  # somebody waits for these
+        self._share = max_staging_bytes  # of the staging, for each source
         self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
         self._ticket: tuple[bytes, int] = (b"", 0)
         self._sources: dict[AnyLaneGroup, _Source] = {}
@@ -106,11 +107,11 @@ class Puller:
             self._progress = self._moved = time.monotonic()
             if self._over():
                 return
-            share = self._assembly.max_staging_bytes // len(groups)
-            granted = max(1, share - self._assembly.staged)
+            granted = (self._assembly.max_staging_bytes - self._assembly.staged) // len(groups)
             request = frames.Open(ticket_id, epoch, granted, self._checked, self._compressed, held)
             frames.encode(request)  # judged here, not in a lane's thread
-            self._sources = {group: _Source(self, group, ticket_id, granted) for group in groups}
+            self._share = self._assembly.max_staging_bytes // len(groups)
+            self._sources = {group: _Source(self, group, ticket_id, granted, self._share) for group in groups}
             sources = list(self._sources.items())
         try:
             for group, source in sources:
@@ -209,13 +210,25 @@ class Puller:
                 return
             owed = self._owed.setdefault(self._assembly.whole(header.key), {})
             owed[source] = owed.get(source, 0) + payload.nbytes
+            if owed[source] > self._share or (block is None and header.segment_bytes > self._share):
+                mine = f"{self._share} bytes, its part of max_staging_bytes={self._assembly.max_staging_bytes}"
+                raise TransferError(f"{header.key} has {header.segment_bytes} bytes; each of {len(self._sources)} senders may have {mine}")
             if block is None:
+                if not self._in_flight:
+                    source.grant(0, now=source.short)  # no `done` will come before this block is whole
                 return
             self._in_flight += 1
             self._handing.add(threading.get_ident())
-            buffer = self._assembly.buffer_for(block)
         try:
+            with self._changed:
+                buffer = self._assembly.buffer_for(block)
             self._on_block(block.key, block.build(buffer), lambda: self._done(block))
+        except BaseException:
+            with self._changed:
+                # Nobody has it: should another ticket follow, it is to come again.
+                self._in_flight -= 1
+                self._assembly.forget(block)
+            raise
         finally:
             with self._changed:
                 self._handing.discard(threading.get_ident())
@@ -229,10 +242,11 @@ class Puller:
             self._progress = self._moved = time.monotonic()
             self._wake()
             for source, nbytes in self._owed.pop(block.key, {}).items():
-                # What an earlier ticket brought makes room for the present one.
-                current = source if self._sources.get(source.group) is source else next(iter(self._sources.values()), None)
-                if current is not None:
-                    current.grant(nbytes)
+                if self._sources.get(source.group) is source:
+                    source.grant(nbytes)
+                elif self._sources:
+                    # What an earlier ticket brought makes room for the present one, where there is least.
+                    min(self._sources.values(), key=lambda s: s.granted - s.came).grant(nbytes)
             if not self._in_flight:
                 # What is not said must not be what a block that has begun waits for.
                 for source in self._sources.values():
@@ -248,22 +262,22 @@ class Puller:
 class _Source:
     """A transfer's share of one group: its grant, and its ear there."""
 
-    def __init__(self, puller: Puller, group: AnyLaneGroup, ticket: bytes, granted: int):
-        self._puller, self.group, self._ticket, self.granted = puller, group, ticket, granted
-        self._unsaid, self._much = 0, granted // _GRANTS
+    def __init__(self, puller: Puller, group: AnyLaneGroup, ticket: bytes, granted: int, share: int):
+        self._puller, self.group, self._ticket, self.granted, self._share = puller, group, ticket, granted, share
+        self._unsaid = 0
         self.came = 0
         self.over = False
 
     @property
     def short(self) -> bool:
         """The sender may have little left to send of what it knows to be granted."""
-        return self.granted - self._unsaid - self.came < self._much * _GRANTS // 2
+        return self.granted - self._unsaid - self.came <= self._share // 2
 
     def grant(self, nbytes: int, now: bool = False) -> None:
         """Room for so many more, which the sender hears `now` or when it has become much; with the puller's lock held."""
         self.granted += nbytes
         self._unsaid += nbytes
-        if self._unsaid and (now or self._unsaid >= self._much):
+        if self._unsaid and (now or self._unsaid >= self._share // _GRANTS):
             self._unsaid = 0
             self.group.grant(self._ticket, self.granted)
 

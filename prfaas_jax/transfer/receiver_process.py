@@ -65,42 +65,46 @@ class _Receiver:
 
     def alive(self, group: int) -> bool:
         """Whether its lanes are not given up."""
-        return group in self._groups and self._groups[group].alive
+        lanes = self._groups.get(group)
+        return lanes is not None and lanes.alive
 
     def follow(self, message: Message) -> None:
         """Does what the server says."""
+        number = message.get("group", 0)
+        group = self._groups.get(number)
         match message["do"]:
             case "unused":
                 with self._lock:
                     for offset, nbytes in message["slots"]:
                         self._regions.give(offset, nbytes)
             case "connect":
-                self._groups[message["group"]] = LaneGroup(
-                    message["address"], message["lanes"], self._security, message["dead_s"], message["probe"]
-                )
+                self._groups[number] = LaneGroup(message["address"], message["lanes"], self._security, message["dead_s"], message["probe"])
+            case _ if group is None:
+                pass  # closed: whoever still speaks of it has heard so, or is about to
             case "warm":
-                threading.Thread(target=self._warm, args=(message["group"], message["timeout_s"]), daemon=True).start()
+                threading.Thread(target=self._warm, args=(number, group, message["timeout_s"]), daemon=True).start()
             case "open":
-                group, request = message["group"], frames.decode(bytes.fromhex(message["frame"]))
+                request = frames.decode(bytes.fromhex(message["frame"]))
                 assert isinstance(request, frames.Open)
-                ear = _Ear(self, group, request.ticket)
+                ear = _Ear(self, number, request.ticket)
                 try:
-                    self._groups[group].open(request, ear)
+                    group.open(request, ear)
                 except TransferError as error:
                     ear.failed(error)
             case "grant":
-                self._groups[message["group"]].grant(bytes.fromhex(message["ticket"]), message["granted"])
+                group.grant(bytes.fromhex(message["ticket"]), message["granted"])
             case "release":
-                self._groups[message["group"]].release(bytes.fromhex(message["ticket"]))
+                group.release(bytes.fromhex(message["ticket"]))
             case "close":
+                del self._groups[number]
                 # It waits for its threads: meanwhile the others go on.
-                threading.Thread(target=self._groups.pop(message["group"]).close, daemon=True).start()
+                threading.Thread(target=group.close, daemon=True).start()
 
-    def _warm(self, group: int, timeout_s: float) -> None:
-        self.say({"group": group, "warm": self._groups[group].warm(timeout_s)})
+    def _warm(self, number: int, group: LaneGroup, timeout_s: float) -> None:
+        self.say({"group": number, "warm": group.warm(timeout_s)})
 
     def report(self) -> None:
-        """Says how the links are and which groups are dead, until the server is gone; gives memory back when nothing comes."""
+        """Says that this process is alive and how the links are, until the server is gone; gives memory back when nothing comes."""
         while True:
             time.sleep(_REPORT_S)
             with self._lock:
@@ -108,12 +112,13 @@ class _Receiver:
                     self._used = time.monotonic()
                 elif time.monotonic() - self._used > _IDLE_S:
                     self._regions.trim()
+            self.say({"group": 0})
             for number, group in list(self._groups.items()):
                 self.say({"group": number, "link": dataclasses.astuple(group.estimate()), "alive": group.alive})
 
     def stop(self) -> None:
         """Closes every group."""
-        for group in self._groups.values():
+        for group in list(self._groups.values()):
             group.close()
 
 

@@ -75,16 +75,11 @@ class RemoteLaneGroup:
 
     def close(self) -> None:
         """Ends every lane; transfers that are open fail."""
-        with self._changed:
-            first = self._error is None
-        if first:
-            self._tell({"do": "close"})
         self.die(TransferError(f"lanes to {self.address} were closed"))
 
     def hear(self, message: Message) -> None:
         """What its process says of it; called from one thread."""
         if not message.get("alive", True):
-            self._tell({"do": "close"})
             self.die(TransferError(message.get("error", f"lanes to {self.address} are given up")))
             return
         receiver = None
@@ -111,7 +106,9 @@ class RemoteLaneGroup:
     def die(self, error: TransferError) -> None:
         """Nothing comes any more."""
         with self._changed:
-            self._error = self._error or error
+            if self._error is None:
+                self._error = error
+                self._tell({"do": "close"})
             receivers = [receiver for _, receiver in self._receivers.values()]
             self._receivers.clear()
             self._changed.notify_all()
@@ -135,7 +132,11 @@ class _Process:
         self._numbers = itertools.count(1)
         self._memory = SharedMemory.create(_SPACE_BYTES)
         first = {"security": security_fields(security)}
-        self.child = Child("receiver", index, _MODULE, self._memory, first, self._on_message, self._on_end)
+        try:
+            self.child = Child("receiver", index, _MODULE, self._memory, first, self._on_message, self._on_end)
+        except BaseException:
+            self._memory.close()
+            raise
         self.name = self.child.name
         self._returner = threading.Thread(target=self._return_slots, name=f"{self.name} slots", daemon=True)
         self._returner.start()
@@ -163,6 +164,14 @@ class _Process:
     def forget(self, number: int) -> None:
         """A group is dead."""
         self._groups.pop(number, None)
+
+    def silent(self) -> bool:
+        """See Child.silent."""
+        return self.child.silent()
+
+    def kill(self) -> None:
+        """See Child.kill."""
+        self.child.kill()
 
     def stop(self, grace_s: float) -> None:
         """Ends the process."""

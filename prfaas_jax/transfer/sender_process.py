@@ -68,14 +68,13 @@ class _Sender:
                 self._parent.pipe.say({"unused": self._parent.memory.unused.get()})
 
     def report_progress(self) -> None:
-        """Says which tickets something has been acknowledged of, until the server is gone."""
+        """Says which tickets something has been acknowledged of, and that this process is alive, until the server is gone."""
         since = 0.0
         with contextlib.suppress(OSError):
             while True:
                 time.sleep(_PROGRESS_S)
                 now = time.monotonic()
-                if moving := self._outbox.touched_since(since):
-                    self._parent.pipe.say({"progress": [[ticket.hex, ticket.epoch] for ticket in moving]})
+                self._parent.pipe.say({"progress": [[ticket.hex, ticket.epoch] for ticket in self._outbox.touched_since(since)]})
                 since = now
 
     def stop(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from prfaas_jax.errors import Exhausted, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import Segment
 from prfaas_jax.kvcache.spec import CacheSpec
@@ -93,7 +95,11 @@ class SharedOutbox(Outbox):
 
     def start(self) -> None:
         """Starts the processes; raises TransferError when one does not come up (its address is in use)."""
-        self._crew.start()
+        try:
+            self._crew.start()
+        except BaseException:
+            self._memory.close()
+            raise
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -160,6 +166,8 @@ class SharedOutbox(Outbox):
             held = self._held[ticket.id]
             nbytes = max(1, held.total)
             try:
+                if (taken := sum(size for _, size, _ in self._users.values())) + nbytes > 2 * self.capacity_bytes:
+                    raise Exhausted(f"shared memory has {taken} bytes that a sender process may still read; {nbytes} more do not fit now")
                 offset = self._regions.take(nbytes)
             except Exhausted:
                 super().release(ticket.id, ticket.epoch)
@@ -177,9 +185,9 @@ class SharedOutbox(Outbox):
             self._check(ticket, segment)
             share, nbytes = self._shares[ticket.id], segment.payload.nbytes
             at, share.filled = share.filled, share.filled + nbytes
-        # Outside the lock; nobody else fills these bytes, and the view keeps their region.
-        copy = share.whole[at : at + nbytes]
-        copy[:] = segment.payload.cast("B")
+            copy = share.whole[at : at + nbytes]
+        # Outside the lock, and, other than by slices of views, without the GIL; nobody else fills these bytes, and the view keeps them.
+        np.copyto(np.frombuffer(copy, np.uint8), np.frombuffer(segment.payload.cast("B"), np.uint8))
         with self.changed:
             super().put(ticket, Segment(segment.key, copy))
             child = min(share.loads, key=lambda c: share.loads[c])
@@ -216,8 +224,9 @@ class SharedOutbox(Outbox):
 
     def _drop(self, held: Held) -> None:
         super()._drop(held)
-        self._tell(held.ticket, {"do": "release"})
-        self._shares.pop(held.ticket.id).end(TransferError(f"ticket {held.ticket.hex} was released"))
+        if held.ticket.id in self._shares:  # else it was never opened to the end
+            self._tell(held.ticket, {"do": "release"})
+            self._shares.pop(held.ticket.id).end(TransferError(f"ticket {held.ticket.hex} was released"))
 
     def _tell(self, ticket: Ticket, message: Message) -> None:
         for child in self._shares[ticket.id].loads:

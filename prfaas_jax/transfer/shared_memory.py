@@ -20,6 +20,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput
 
 # Least region: sizes are powers of two from here.
 _LEAST_BYTES = 64 << 10
+_DISCARD_BYTES = 4 << 20
 
 
 class SharedMemory:
@@ -60,11 +61,14 @@ class SharedMemory:
     def discard(self, offset: int, nbytes: int) -> None:
         """Gives the memory of a region back to the system; its bytes are zero afterwards."""
         if hasattr(mmap, "MADV_REMOVE"):
-            self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
+            for at in range(offset, offset + nbytes, _DISCARD_BYTES):  # which holds the GIL
+                self._map.madvise(mmap.MADV_REMOVE, at, min(_DISCARD_BYTES, offset + nbytes - at))
 
     def close(self) -> None:
-        """Closes the file, and unmaps it now or with its last lease."""
-        os.close(self.fd)
+        """Closes the file, and unmaps it now or with its last lease; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
         with contextlib.suppress(BufferError):
             self._map.close()
 

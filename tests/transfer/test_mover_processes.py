@@ -303,6 +303,76 @@ def test_frozen_sender_process_is_an_idle_peer():
             os.kill(movers.outbox.pids[0], signal.SIGCONT)
 
 
+@pytest.mark.parametrize("whose", ["sender", "receiver"])
+def test_frozen_process_is_ended_and_replaced(whose):
+    with Movers(WIDE, capacity=4 * WIDE.bytes(LENGTH)) as movers:
+        crew = movers.outbox if whose == "sender" else movers.receivers
+        frozen, other = crew.pids
+        os.kill(frozen, signal.SIGSTOP)
+        wait_until(lambda: len(crew.pids) == 2 and frozen not in crew.pids, 20)
+        assert other in crew.pids
+        cache = Cache(WIDE, LENGTH)
+        movers.fetch(movers.send(cache, cache.keys(64)), cache)
+
+
+def test_memory_that_a_frozen_sender_process_may_still_read_is_bounded():
+    with Movers(WIDE, senders=1, receivers=0, capacity=2 * WIDE.bytes(LENGTH)) as movers:
+        cache = Cache(WIDE, LENGTH)
+        os.kill(movers.outbox.pids[0], signal.SIGSTOP)
+        with pytest.raises(Exhausted, match="a sender process may still read"):
+            for _ in range(8):
+                ticket = movers.send(cache, cache.keys(64))
+                movers.outbox.release(ticket.id, ticket.epoch)
+        assert movers.outbox.bytes_held == 0
+
+
+def test_put_into_a_ticket_that_ends_meanwhile_is_a_transfer_error(monkeypatch):
+    """Anything else would fail the engine's whole step."""
+    with Movers(WIDE, senders=1, receivers=0) as movers:
+        cache = Cache(WIDE, LENGTH)
+        ticket = movers.outbox.open(LENGTH)
+        copyto = np.copyto
+
+        def late(*arguments):
+            movers.outbox.release(ticket.id, ticket.epoch)
+            copyto(*arguments)
+
+        monkeypatch.setattr(np, "copyto", late)
+        with pytest.raises(TransferError, match="unknown"):
+            movers.outbox.put(ticket, cache.segment(cache.keys(64)[0]))
+        monkeypatch.undo()
+        wait_until(lambda: movers.regions_taken() == 0)
+
+
+def test_words_about_a_group_that_is_closed_do_not_end_the_process():
+    with Movers(SPEC, senders=1, receivers=1) as movers:
+        before = movers.receivers.pids
+        group = movers.receivers.connect(movers.outbox.addresses[0], probe=False)
+        assert group.warm()
+        group.close()
+        for message in (
+            {"do": "grant", "ticket": "00" * 16, "granted": 1},
+            {"do": "release", "ticket": "00" * 16},
+            {"do": "warm", "timeout_s": 1.0},
+            {"do": "close"},
+            {"do": "close"},
+        ):
+            group._tell(message)
+        cache = Cache(SPEC, 24)
+        movers.fetch(movers.send(cache, cache.keys(8)), cache)
+        assert movers.receivers.pids == before
+
+
+def test_processes_that_cannot_start_leave_nothing_behind(monkeypatch):
+    before = psutil.Process().num_fds(), threading.active_count()
+    monkeypatch.setattr("prfaas_jax.transfer.receivers._MODULE", "prfaas_jax.no_such_module")
+    for _ in range(3):
+        with pytest.raises(TransferError, match="receiver process 0 did not start"):
+            Receivers(2).start()
+    gc.collect()
+    assert (psutil.Process().num_fds(), threading.active_count()) == before
+
+
 def test_processes_end_with_a_server_that_is_killed(tmp_path):
     script = tmp_path / "server.py"
     script.write_text(

@@ -14,6 +14,7 @@ from transfer_fixtures import SPEC, Cache, Sender, Sink, pull, wait_until, wide_
 from prfaas_jax.errors import InvalidInput, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
+from prfaas_jax.testing.relay import Relay
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.lanes import LaneGroup
@@ -399,3 +400,35 @@ def test_counters_refuse_what_does_not_add_up():
     for wrong in (Counters(moved=total - 1), Counters(moved=total, skipped=1), Counters(moved=total, recomputed_tokens=1)):
         with pytest.raises(TransferError):
             wrong.check(SPEC, 8)
+
+
+def test_a_cancelled_transfer_does_not_spoil_the_links_estimate():
+    """Its stragglers promise more, which never comes: the silence after them is not the link's pace."""
+    spec = wide_spec(2)
+    cache = Cache(spec, 4096)
+    with Sender(spec) as sender, Relay(sender.lane.address, gbps=0.4) as relay:
+        group = LaneGroup(relay.address, 1, probe=False)
+        try:
+            ticket = sender.send(cache, cache.keys(64))
+            sink = Sink(spec, 4096)
+            puller = Puller(spec, 4096, sink)
+            puller.start(ticket.id, ticket.epoch, [group])
+            wait_until(lambda: sink.blocks > 30, 20)
+            puller.cancel()
+            time.sleep(1.5)
+            rate = group.estimate().bytes_per_s
+            assert rate > 0.5 * 0.05e9, f"{rate:.3g} bytes/s on a link of 5e7"
+        finally:
+            group.close()
+
+
+def test_an_idle_link_is_probed_even_where_it_is_slow():
+    """A probe of one piece has no time between its arrivals: a rate that is wrong once would stay so."""
+    with Sender(SPEC) as sender, Relay(sender.lane.address, gbps=0.004) as relay:
+        group = LaneGroup(relay.address, 1)
+        try:
+            assert group.warm(20.0)
+            relay.set_link(0.04)
+            wait_until(lambda: group.estimate().bytes_per_s > 0.5 * 0.04e9 / 8, 10.0)
+        finally:
+            group.close()
