@@ -29,7 +29,8 @@ class DecodeServerOptions(FrontOptions):
         codec: how KV travels: none, zstd (lossless), kinds and names as in paged=int8,state=bf16, or auto, which picks by what the link
             carries.
         allow_lossy: auto may pick a codec that loses bits.
-        max_staging_bytes: received KV of one request that waits for its scatter.
+        max_staging_bytes: received KV of one request that waits for its scatter; each sender process of a prefill server has an equal part
+            of it, which one segment (a chunk's KV of a few layers) must fit.
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
     """
 

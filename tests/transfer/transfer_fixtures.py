@@ -19,6 +19,9 @@ from prfaas_jax.transfer.lane import METHOD, LaneServer
 from prfaas_jax.transfer.lanes import LaneGroup
 from prfaas_jax.transfer.outbox import Outbox, Ticket
 from prfaas_jax.transfer.puller import Puller
+from prfaas_jax.transfer.receivers import Receivers
+from prfaas_jax.transfer.security import Security
+from prfaas_jax.transfer.senders import SharedOutbox
 
 GQA = LayerCache("paged", (TensorSpec("k", 4, 8, "bfloat16"), TensorSpec("v", 4, 8, "bfloat16")))
 MLA = LayerCache("paged", (TensorSpec("latent", 1, 12, "float32", shared=True),))
@@ -176,6 +179,52 @@ class Pull:
     def close(self) -> None:
         for group in self.groups:
             group.close()
+
+
+class Movers:
+    """Sender and receiver processes, as a context manager; without receivers, lanes end in this process."""
+
+    def __init__(self, spec: CacheSpec, senders: int = 2, receivers: int = 2, capacity: int = 1 << 26, **options):
+        options = {"message_bytes": 1 << 18} | options
+        self.outbox = SharedOutbox(spec, capacity, processes=senders, **options)
+        self.receivers = Receivers(receivers, options.get("security", Security())) if receivers else None
+
+    def __enter__(self) -> "Movers":
+        self.outbox.start()
+        if self.receivers is not None:
+            self.receivers.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.receivers is not None:
+            self.receivers.close()
+        self.outbox.stop(0)
+
+    def send(self, cache: Cache, keys, finish: bool = True, **options) -> Ticket:
+        ticket = self.outbox.open(cache.length, **options)
+        for key in keys:
+            self.outbox.put(ticket, cache.segment(key))
+        if finish:
+            self.outbox.finish(ticket)
+        return ticket
+
+    def pull(self, ticket: Ticket, spec: CacheSpec, length: int, on_block, addresses=None, **options) -> Pull:
+        addresses = addresses or list(self.outbox.shares(ticket).result(5).values())
+        connect = LaneGroup if self.receivers is None else self.receivers.connect
+        return Pull(ticket, Puller(spec, length, on_block, **options), [connect(address, 1, probe=False) for address in addresses])
+
+    def fetch(self, ticket: Ticket, cache: Cache, **options):
+        """Pulls, compares and releases."""
+        sink = Sink(cache.spec, cache.length)
+        counters = self.pull(ticket, cache.spec, cache.length, sink, **options).finish(cache.spec.bytes(cache.length))
+        sink.check(cache)
+        self.outbox.release(ticket.id, ticket.epoch)
+        return counters
+
+    def regions_taken(self) -> int:
+        with self.outbox.changed:
+            self.outbox._collect()
+            return len(self.outbox._users)
 
 
 class LaneWire:
