@@ -59,15 +59,18 @@ class SegmentKey:
 
     def nbytes(self, spec: CacheSpec) -> int:
         """Payload bytes before any codec."""
-        layers, tokens, heads, width = self.shape(spec)
-        return layers * tokens * heads * width * DTYPE_BYTES[self.tensor_spec(spec).dtype]
+        (a, b), (c, d), (e, f) = self.layers, self.tokens, self.heads
+        tensor = self.tensor_spec(spec)
+        return (b - a) * (d - c) * (f - e) * tensor.width * DTYPE_BYTES[tensor.dtype]
 
     def check(self, spec: CacheSpec, length: int, held: int = 0) -> None:
         """Raises InvalidInput unless every range is non-empty and inside what a `length`-token request adds to its first `held` tokens."""
         tensor, group = self.tensor_spec(spec), spec.groups[self.group]
-        bounds = {"layers": (0, len(group.layers)), "tokens": group.cache.kept(length, held), "heads": (0, tensor.heads)}
-        for field, (first, limit) in bounds.items():
-            start, stop = getattr(self, field)
+        for field, (start, stop), (first, limit) in (
+            ("layers", self.layers, (0, len(group.layers))),
+            ("tokens", self.tokens, group.cache.kept(length, held)),
+            ("heads", self.heads, (0, tensor.heads)),
+        ):
             if not first <= start < stop <= limit:
                 raise InvalidInput(f"segment.{field}", (start, stop), f"a non-empty range inside [{first}, {limit})")
 

@@ -7,8 +7,8 @@ Copies of a payload on this side, before the engine's scatter: the kernel's into
 """
 
 import dataclasses
-import math
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -51,22 +51,20 @@ class Block:
         seen: per head slice, the byte ranges claimed so far.
         heads: heads of the slices begun so far.
         claimed: bytes that have come.
+        owed: who sent how many of them, for the puller to grant again.
         buffer: what `build` filled, if it had to.
     """
 
     key: SegmentKey
     shape: tuple[int, int, int, int]
     dtype: np.dtype
+    nbytes: int
     pieces: dict[tuple[int, int], list[tuple[int, memoryview]]] | None = dataclasses.field(default_factory=dict)
     seen: dict[tuple[int, int], Intervals] = dataclasses.field(default_factory=dict)
     heads: Intervals = dataclasses.field(default_factory=Intervals)
     claimed: int = 0
+    owed: dict[Any, int] = dataclasses.field(default_factory=dict)
     buffer: np.ndarray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole block."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def complete(self) -> bool:
@@ -141,14 +139,22 @@ class Assembly:
         return tuple(key for key, block in self._blocks.items() if block.complete)
 
     def claim(self, header: Header, payload: memoryview) -> Block | None:
-        """Keeps a checked message's raw payload; the block when this completes it, to be built and handed on.
+        """Keeps a checked message's raw payload; the block that it belongs in, None when it was here already.
+
+        A block that this completes is to be built and handed on.
 
         Raises TransferError when the message overlaps others in any other way than being a repetition, when its block exceeds the staging,
         or when the sender goes beyond what it was granted.
         """
         nbytes = payload.nbytes
         block = self._block(header.key)
+        if block.complete:
+            self.resent += nbytes
+            return None
         heads = header.key.heads
+        if nbytes == block.nbytes and not block.claimed:
+            self._keep(block, heads, 0, payload, header.again)
+            return block
         if heads not in block.seen:
             if block.heads.overlap(*heads):
                 raise TransferError(f"{header.key} overlaps heads that another segment carries")
@@ -161,16 +167,20 @@ class Assembly:
             return None
         if overlap:
             raise TransferError(f"bytes [{start}, {stop}) of {header.key} overlap {overlap} bytes that came before")
+        self._keep(block, heads, start, payload, header.again)
+        block.seen[heads].add(start, stop)
+        return block
+
+    def _keep(self, block: Block, heads: tuple[int, int], offset: int, payload: memoryview, again: bool) -> None:
+        nbytes = payload.nbytes
         if self.staged + nbytes > self.max_staging_bytes:
             raise TransferError(f"the sender goes beyond its grant: {self.staged} + {nbytes} bytes in {self.max_staging_bytes} of staging")
-        block.seen[heads].add(start, stop)
         assert block.pieces is not None
-        block.pieces.setdefault(heads, []).append((start, payload))
+        block.pieces.setdefault(heads, []).append((offset, payload))
         block.claimed += nbytes
         self.staged += nbytes
         self.moved += nbytes
-        self.resent += nbytes * header.again
-        return block if block.complete else None
+        self.resent += nbytes * again
 
     def buffer_for(self, block: Block) -> np.ndarray | None:
         """What `Block.build` needs: nothing where the block came in one message."""
@@ -203,18 +213,14 @@ class Assembly:
         self._coverage.drop(block.key)
         del self._blocks[block.key]
 
-    def whole(self, key: SegmentKey) -> SegmentKey:
-        """The key of the block that a segment belongs in."""
-        return key.all_heads(self._spec)
-
     def _block(self, key: SegmentKey) -> Block:
         """The block that a segment belongs in, begun if need be."""
-        whole = self.whole(key)
+        whole = key.all_heads(self._spec)
         block = self._blocks.get(whole)
         if block is None:
             nbytes = whole.nbytes(self._spec)
             if nbytes > self.max_staging_bytes:
                 raise TransferError(f"{whole} has {nbytes} bytes, more than the {self.max_staging_bytes} bytes of staging")
             self._coverage.claim(whole)
-            block = self._blocks[whole] = Block(whole, whole.shape(self._spec), CARRIER[key.tensor_spec(self._spec).dtype])
+            block = self._blocks[whole] = Block(whole, whole.shape(self._spec), CARRIER[key.tensor_spec(self._spec).dtype], nbytes)
         return block

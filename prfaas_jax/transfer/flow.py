@@ -48,7 +48,13 @@ class Sent:
 
 
 class Flow:
-    """Window of one session. Not thread safe; the dispatcher guards it."""
+    """Window of one session. Not thread safe; the dispatcher guards it.
+
+    Attributes:
+        in_flight: bytes that are not acknowledged.
+        window: bytes that may be.
+        piece_bytes: bytes of the next piece at most.
+    """
 
     def __init__(self, message_bytes: int):
         """`message_bytes` is the largest piece."""
@@ -59,33 +65,30 @@ class Flow:
         self._rates: collections.deque[tuple[float, float]] = collections.deque()
         self._rtt_s: float | None = None
         self._idle_since = 0.0
+        self._measure()
 
     @property
     def bytes_per_s(self) -> float | None:
         """Largest delivery rate of the last seconds with traffic; None before the first acknowledgement."""
         return self._rates[0][1] if self._rates else None
 
-    @property
-    def window(self) -> int:
-        """Bytes that may be in flight now."""
+    def _measure(self) -> None:
+        """Makes window and piece of what has been acknowledged."""
         rate = self.bytes_per_s
-        if rate is None or self._rtt_s is None:
-            return START_WINDOW_BYTES
-        floor = min(max(rate * _NOISE_S * (1 + rate / _FAST_BYTES_PER_S), _MIN_FLOOR_BYTES), _MAX_FLOOR_BYTES)
-        return int(min(max(_GAIN * rate * self._rtt_s, floor), MAX_WINDOW_BYTES))
-
-    @property
-    def piece_bytes(self) -> int:
-        """Bytes of the next piece at most."""
+        self.window = START_WINDOW_BYTES
+        if rate is not None and self._rtt_s is not None:
+            floor = min(max(rate * _NOISE_S * (1 + rate / _FAST_BYTES_PER_S), _MIN_FLOOR_BYTES), _MAX_FLOOR_BYTES)
+            self.window = int(min(max(_GAIN * rate * self._rtt_s, floor), MAX_WINDOW_BYTES))
         # The first one is small: its round trip is taken for the link's.
-        wanted = MIN_PIECE_BYTES if self.bytes_per_s is None else self.window // _PIECES // _ALIGN_BYTES * _ALIGN_BYTES
-        return min(self._message_bytes, max(MIN_PIECE_BYTES, wanted))
+        wanted = MIN_PIECE_BYTES if rate is None else self.window // _PIECES // _ALIGN_BYTES * _ALIGN_BYTES
+        self.piece_bytes = min(self._message_bytes, max(MIN_PIECE_BYTES, wanted))
 
     def send(self, nbytes: int, now: float) -> Sent:
         """Counts a piece that leaves; what it returns goes to `acknowledge` or `lose`."""
         if not self.in_flight:
             if self._rtt_s is not None and now - self._idle_since > _FORGET_RTT_S:
                 self._rtt_s = None
+                self._measure()
             self._delivered_at = self._delivered_sent_at = now  # time without traffic is no time that the link needed
         self.in_flight += nbytes
         return Sent(nbytes, now, self._delivered, self._delivered_at, self._delivered_sent_at)
@@ -99,15 +102,15 @@ class Flow:
         self._rtt_s = rtt if self._rtt_s is None else min(rtt, self._rtt_s)
         # Acknowledgements come in bursts, faster than any link: what left slowly did not arrive fast.
         took = max(now - sent.delivered_at, sent.at - sent.delivered_sent_at)
-        if took <= 0 or took < self._rtt_s:
-            return
-        rate = (self._delivered - sent.delivered) / took
-        # A decreasing queue: its head is the largest of the remembered time.
-        while self._rates and self._rates[-1][1] <= rate:
-            self._rates.pop()
-        self._rates.append((now, rate))
-        while now - self._rates[0][0] > _RATE_MEMORY_S:
-            self._rates.popleft()
+        if took > 0 and took >= self._rtt_s:
+            rate = (self._delivered - sent.delivered) / took
+            # A decreasing queue: its head is the largest of the remembered time.
+            while self._rates and self._rates[-1][1] <= rate:
+                self._rates.pop()
+            self._rates.append((now, rate))
+            while now - self._rates[0][0] > _RATE_MEMORY_S:
+                self._rates.popleft()
+        self._measure()
 
     def lose(self, sent: Sent, now: float) -> None:
         """A piece went down with its connection."""

@@ -70,7 +70,6 @@ class Puller:
         self._handing: set[int] = set()  # threads in `on_block`
         self._parting = False  # somebody waits for these
         self._share = max_staging_bytes  # of the staging, for each source
-        self._owed: dict[SegmentKey, dict[_Source, int]] = {}  # who sent how much of a block, and is granted it again when it is done
         self._ticket: tuple[bytes, int] = (b"", 0)
         self._sources: dict[AnyLaneGroup, _Source] = {}
         self._error: TransferError | None = None
@@ -103,7 +102,6 @@ class Puller:
             self._ticket = (ticket_id, epoch)
             self._assembly.forget_partial()
             held = self._assembly.whole_blocks()
-            self._owed = {key: self._owed[key] for key in held if key in self._owed}
             self._progress = self._moved = time.monotonic()
             if self._over():
                 return
@@ -203,26 +201,22 @@ class Puller:
             self._progress = self._moved = time.monotonic()
             self._wire_bytes += wire_bytes
             source.came += payload.nbytes
-            moved = self._assembly.moved
             block = self._assembly.claim(header, payload)
-            if self._assembly.moved == moved:  # it was here already
+            if block is None:
                 source.grant(payload.nbytes, now=True)
                 return
-            owed = self._owed.setdefault(self._assembly.whole(header.key), {})
-            owed[source] = owed.get(source, 0) + payload.nbytes
-            if owed[source] > self._share or (block is None and header.segment_bytes > self._share):
+            block.owed[source] = block.owed.get(source, 0) + payload.nbytes
+            if header.segment_bytes > self._share:
                 mine = f"{self._share} bytes, its part of max_staging_bytes={self._assembly.max_staging_bytes}"
                 raise TransferError(f"{header.key} has {header.segment_bytes} bytes; each of {len(self._sources)} senders may have {mine}")
-            if block is None:
+            if not block.complete:
                 if not self._in_flight:
                     source.grant(0, now=source.short)  # no `done` will come before this block is whole
                 return
             self._in_flight += 1
             self._handing.add(threading.get_ident())
         try:
-            with self._changed:
-                buffer = self._assembly.buffer_for(block)
-            self._on_block(block.key, block.build(buffer), lambda: self._done(block))
+            self._on_block(block.key, self._build(block), lambda: self._done(block))
         except BaseException:
             with self._changed:
                 # Nobody has it: should another ticket follow, it is to come again.
@@ -234,6 +228,13 @@ class Puller:
                 self._handing.discard(threading.get_ident())
                 self._wake()
 
+    def _build(self, block: Block) -> np.ndarray:
+        if block.in_one_piece:
+            return block.build(None)
+        with self._changed:
+            buffer = self._assembly.buffer_for(block)
+        return block.build(buffer)
+
     def _done(self, block: Block) -> None:
         with self._changed:
             if not self._assembly.free(block):
@@ -241,9 +242,11 @@ class Puller:
             self._in_flight -= 1
             self._progress = self._moved = time.monotonic()
             self._wake()
-            for source, nbytes in self._owed.pop(block.key, {}).items():
-                if self._sources.get(source.group) is source:
-                    source.grant(nbytes)
+            owed, block.owed = block.owed, {}
+            owner: _Source
+            for owner, nbytes in owed.items():
+                if self._sources.get(owner.group) is owner:
+                    owner.grant(nbytes)
                 elif self._sources:
                     # What an earlier ticket brought makes room for the present one, where there is least.
                     min(self._sources.values(), key=lambda s: s.granted - s.came).grant(nbytes)

@@ -7,6 +7,7 @@ else a lane carries, is in `transfer/frames.py`.
 
 import dataclasses
 import struct
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -83,7 +84,7 @@ class Header:
             self.key.check(spec, length, held)
         except InvalidInput as error:
             raise TransferError(f"message {self.sequence} lies outside the cache: {error}") from error
-        dtype, nbytes = self.key.tensor_spec(spec).dtype, self.key.nbytes(spec)
+        dtype, nbytes = spec.groups[self.key.group].cache.tensors[self.key.tensor].dtype, self.key.nbytes(spec)
         if self.dtype != dtype:
             raise TransferError(f"message {self.sequence} of {self.key}: dtype {self.dtype}, expected {dtype}")
         if self.segment_bytes != nbytes:
@@ -132,7 +133,8 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
     """
     if len(message) <= HEADER_BYTES:
         raise TransferError(f"message of {len(message)} bytes: truncated, a header alone has {HEADER_BYTES}")
-    magic, version, flags, dtype, _, _, sequence, *_, raw, nbytes, _ = _HEADER.unpack_from(message)
+    fields = _HEADER.unpack_from(message)
+    magic, version, flags, dtype, _, _, sequence, *_, raw, nbytes, _ = fields
     if magic != MAGIC:
         raise TransferError(f"message starts with {magic!r}, expected {MAGIC!r}")
     if version != PROTOCOL_VERSION:
@@ -147,15 +149,19 @@ def decode(message: bytes) -> tuple[Header, memoryview]:
         raise TransferError(f"message {sequence}: dtype code {dtype}, expected one of {sorted(_DTYPES)}")
     if not 0 < raw <= MAX_MESSAGE_BYTES or (not flags & _COMPRESSED and raw != nbytes):
         raise TransferError(f"message {sequence} claims {raw} raw bytes in a payload of {nbytes}; the limit is {MAX_MESSAGE_BYTES}")
-    return header_of(message), payload
+    return _header(*fields), payload
 
 
 def header_of(message: bytes) -> Header:
     """The header of a message that `decode` has judged, or of what `pack` made; what follows it does not matter."""
-    _, _, flags, dtype, ticket, epoch, sequence, group, tensor, *ranges, offset, size, raw, _, order = _HEADER.unpack_from(message)
-    a, b, c, d, e, f = ranges
+    return _header(*_HEADER.unpack_from(message))
+
+
+def _header(*fields: Any) -> Header:
+    _, _, flags, dtype, ticket, epoch, sequence, group, tensor, a, b, c, d, e, f, offset, size, raw, _, order = fields
     key = SegmentKey(group, tensor, (a, b), (c, d), (e, f))
-    checked, again, backlog, compressed = (bool(flags & flag) for flag in (_CHECKED, _AGAIN, _BACKLOG, _COMPRESSED))
+    said = flags & _CHECKED != 0, flags & _AGAIN != 0, flags & _BACKLOG != 0, flags & _COMPRESSED != 0
+    checked, again, backlog, compressed = said
     return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, size, raw, checked, again, backlog, compressed, order)
 
 
