@@ -141,6 +141,7 @@ def test_a_block_that_could_not_be_handed_on_comes_again():
             puller.start(ticket.id, ticket.epoch, groups)
             with pytest.raises(TransferError, match="engine trouble"):
                 puller.finish(SPEC.bytes(length))
+            ticket = sender.send(cache, keys)
             puller.start(ticket.id, ticket.epoch, groups)
             puller.finish(SPEC.bytes(length))
         finally:
