@@ -219,9 +219,10 @@ class Puller:
             self._on_block(block.key, self._build(block), lambda: self._done(block))
         except BaseException:
             with self._changed:
-                # Nobody has it: should another ticket follow, it is to come again.
-                self._in_flight -= 1
-                self._assembly.forget(block)
+                if block.pieces is not None:
+                    # Nobody has it: should another ticket follow, it is to come again.
+                    self._in_flight -= 1
+                    self._assembly.forget(block)
             raise
         finally:
             with self._changed:
