@@ -319,7 +319,8 @@ class LaneGroup:
             lane.heard, lane.brought = now, True
             match frame:
                 case frames.Pong(token, backlog, padding):
-                    self._meter.arrived(now, len(padding), backlog)
+                    if padding:  # without any it says nothing of what data is under way
+                        self._meter.arrived(now, len(padding), backlog)
                     if (asked := self._pings.pop(token, None)) is not None:
                         self._meter.round_trip(now, now - asked)
                     if not backlog and not lane.up:

@@ -81,7 +81,9 @@ class LinkMeter:
                 self._stalled_s += took
         self._recent.append((now, nbytes))
         self._last = now
-        if order is None or self._order is None or (order - self._order) % 2**32 < 2**31:
+        if order is None:
+            self._backlog = backlog  # of a probe
+        elif self._order is None or (order - self._order) % 2**32 < 2**31:
             self._backlog, self._order = backlog, order
         self._prune(now)
 

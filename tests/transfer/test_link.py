@@ -96,6 +96,7 @@ def test_a_lane_that_lags_does_not_promise_more_than_the_sender_has():
         for late, backlog in ((1, False), (0, True)):
             now += 0.001
             meter.arrived(now, 1 << 20, backlog, (order + late + 2**32 - 10) % 2**32)
+            meter.arrived(now, 0, False)  # a probe's answer in between is no reason to forget
         now += 0.5
     estimate = meter.estimate(now)
     assert (estimate.stalls, estimate.bytes_per_s) == (0, 0.0), "nothing was measured, and nothing made up"
