@@ -7,7 +7,8 @@ Random weights: times do not depend on them. A prefill and a decode server as pr
 twice and to half of the KV production rate (bytes of the cache over the time that it takes to compute it), and to the rates of --gbps.
 Exposed is from the end of the computation to the last verified byte; its bound follows from when each segment was ready, its size and
 the measured rate. The relay ends TCP on both sides: nothing here says anything about packet loss. The last line is JSON:
-exposed_share_at_2x (of TTFT, at 2,048 tokens or the longest prompt), worst_exposed_over_bound, passed, requests.
+exposed_share_at_2x (of TTFT, at 2,048 tokens or the longest prompt), worst_exposed_over_bound (after what is exposed over a link without
+limit too: round trip, hand-over, commit), passed, requests.
 """
 
 import dataclasses
@@ -53,11 +54,12 @@ def main(argv: list[str]) -> None:
     workdir = Workdir(WORKDIR.value) if WORKDIR.value else None
     rows: list[bench.Measured] = []
     local: dict[int, float] = {}
+    handover: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="prfaas-") as scratch:
         logs = Path(workdir.path) if workdir else Path(scratch)
         with bench.OverlapBench(prefill, decode, vocab, RTT_MS.value, logs) as running:
             for tokens in tqdm(lengths, desc="prompts", unit="length"):
-                production = bench.settle(running, tokens)
+                production, handover[tokens] = bench.settle(running, tokens, REPEATS.value)
                 running.local(tokens)
                 local[tokens] = running.local(tokens).ttft_s
                 rows.append(running.measure(tokens, "2x", 2 * production, overlap=False))
@@ -66,10 +68,9 @@ def main(argv: list[str]) -> None:
                     rows += [running.measure(tokens, f"{text}G", float(text)) for text in GBPS.value]
     print(bench.table(rows), file=sys.stderr)
     for tokens, ttft_s in local.items():
-        print(f"{tokens:7} prefilled locally: {ttft_s:.3f} s", file=sys.stderr)
-    # What a round trip and the hand-over to the engine take is no fault of the overlap.
-    slack = RTT_MS.value / 1e3
-    over = {(m.tokens, m.link): max(0.0, m.exposed_s - slack) / m.bound_s for m in rows if m.overlap and m.bound_s > 0}
+        print(f"{tokens:7} prefilled locally: {ttft_s:.3f} s; exposed over a link without limit: {handover[tokens]:.4f} s", file=sys.stderr)
+    # What a round trip and the commit take is no fault of the overlap.
+    over = {(m.tokens, m.link): max(0.0, m.exposed_s - handover[m.tokens]) / m.bound_s for m in rows if m.overlap and m.bound_s > 0}
     (at_2x,) = [m for m in rows if m.overlap and m.link == "2x" and m.tokens == judged]
     worst = max((ratio for (tokens, link), ratio in over.items() if tokens == judged and link in ("2x", "0.5x")), default=0.0)
     result = {
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
         "worst_exposed_over_bound": worst,
         "passed": at_2x.share <= _MOST_SHARE and worst <= _MOST_OVER_BOUND,
         "local_ttft_s": local,
+        "handover_s": handover,
         "requests": [dataclasses.asdict(m) for m in rows],
     }
     if workdir:

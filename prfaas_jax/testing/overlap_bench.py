@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import statistics
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,11 +144,15 @@ class OverlapBench:
         return sorted(found, key=lambda m: m.exposed_s)[len(found) // 2]
 
 
-def settle(bench: OverlapBench, tokens: int) -> float:
-    """KV production in Gbit/s for prompts of this length: once to warm up, then over a link that is no limit."""
+def settle(bench: OverlapBench, tokens: int, repeats: int) -> tuple[float, float]:
+    """Over a link that is no limit, for prompts of this length, after one to warm up: KV production in Gbit/s, and seconds of hand-over.
+
+    Both by the medians of `repeats`. Hand-over is what is exposed even there: the request's round trip, turns of threads, the commit.
+    """
     bench.remote(tokens, None)
-    usage = bench.remote(tokens, None)
-    return usage.kv_bytes_moved * 8 / 1e9 / usage.parts.prefill
+    usages = [bench.remote(tokens, None) for _ in range(repeats)]
+    prefill_s = statistics.median(usage.parts.prefill for usage in usages)
+    return usages[0].kv_bytes_moved * 8 / 1e9 / prefill_s, statistics.median(usage.parts.exposed_transfer for usage in usages)
 
 
 def table(rows: Sequence[Measured]) -> str:
