@@ -48,12 +48,11 @@ class Lanes(Transport):
         self._blocks: dict[int, np.ndarray] = {}
         self._segment, processes = options["message_kib"] << 10, options["processes"]
         lane: dict[str, Any] = {"address": options["address"], "message_bytes": self._segment, "security": self._security}
+        self._outbox: Outbox
         self._server: LaneServer | SharedOutbox
         self._receivers: Receivers | None = None
         if role == "sender" and processes:
-            self._outbox: Outbox = SharedOutbox(_SPEC, 4 * buffer.nbytes, 600.0, processes=processes, **lane)
-            assert isinstance(self._outbox, SharedOutbox)
-            self._server = self._outbox
+            self._outbox = self._server = SharedOutbox(_SPEC, 4 * buffer.nbytes, 600.0, processes=processes, **lane)
         elif role == "sender":
             self._outbox = Outbox(_SPEC, 4 * buffer.nbytes, 600.0)
             self._server = LaneServer(self._outbox, **lane)

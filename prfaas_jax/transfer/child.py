@@ -313,8 +313,29 @@ def security_fields(security: Security) -> Message:
     return {field.name: getattr(security, field.name) for field in dataclasses.fields(Security)}
 
 
-def run_child(serve: Callable[[Parent], None]) -> None:
-    """The main of a child's module."""
+class Follower(Protocol):
+    """What a child does."""
+
+    @property
+    def ready(self) -> Message:
+        """What the server is told first."""
+        ...
+
+    def report(self) -> None:
+        """Begins to tell it more, in threads of its own."""
+        ...
+
+    def follow(self, message: Message) -> None:
+        """Does what the server says."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the work."""
+        ...
+
+
+def run_child(make: Callable[[Parent], Follower]) -> None:
+    """The main of a child's module; the server hears it when `make` raises one of the package's own errors."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     pipe_fd, memory_fd, nbytes = (int(text) for text in sys.argv[1:])
@@ -322,9 +343,22 @@ def run_child(serve: Callable[[Parent], None]) -> None:
     code = 1
     try:
         if (first := next(pipe.heard(), None)) is not None:
-            serve(Parent(pipe, SharedMemory(memory_fd, nbytes), first))
+            _serve(Parent(pipe, SharedMemory(memory_fd, nbytes), first), make)
         code = 0
     except BaseException:
         logging.exception("a process that moves KV has failed")
     logging.flush()
     os._exit(code)  # whatever thread of gRPC may still hang is not worth waiting for
+
+
+def _serve(parent: Parent, make: Callable[[Parent], Follower]) -> None:
+    try:
+        follower = make(parent)
+    except PrfaasError as error:
+        parent.pipe.say({"error": str(error)})
+        return
+    parent.pipe.say(follower.ready)
+    follower.report()
+    for message in parent.told():
+        follower.follow(message)
+    follower.stop()

@@ -5,7 +5,7 @@ import dataclasses
 import threading
 import time
 
-from prfaas_jax.errors import Exhausted, PrfaasError, TransferError
+from prfaas_jax.errors import Exhausted, TransferError
 from prfaas_jax.transfer import frames, wire
 from prfaas_jax.transfer.child import Message, Parent, run_child
 from prfaas_jax.transfer.lanes import LaneGroup
@@ -13,7 +13,6 @@ from prfaas_jax.transfer.shared_memory import Regions
 
 # Slots that nobody uses keep their memory up to this, for as long as transfers follow each other.
 _SPARE_BYTES = 1 << 30
-_IDLE_S = 10.0
 _REPORT_S = 0.1
 
 
@@ -47,7 +46,6 @@ class _Receiver:
         self._parent, self._security = parent, parent.security
         self._lock = threading.Lock()
         self._regions = Regions(parent.memory, _SPARE_BYTES)
-        self._used = time.monotonic()  # when a slot was last in use
         self._groups: dict[int, LaneGroup] = {}
 
     def say(self, message: Message) -> None:
@@ -67,6 +65,15 @@ class _Receiver:
         """Whether its lanes are not given up."""
         lanes = self._groups.get(group)
         return lanes is not None and lanes.alive
+
+    @property
+    def ready(self) -> Message:
+        """There is nothing more to say."""
+        return {"ready": True}
+
+    def report(self) -> None:
+        """See Follower.report."""
+        threading.Thread(target=self._report, daemon=True).start()
 
     def follow(self, message: Message) -> None:
         """Does what the server says."""
@@ -103,15 +110,12 @@ class _Receiver:
     def _warm(self, number: int, group: LaneGroup, timeout_s: float) -> None:
         self.say({"group": number, "warm": group.warm(timeout_s)})
 
-    def report(self) -> None:
+    def _report(self) -> None:
         """Says that this process is alive and how the links are, until the server is gone; gives memory back when nothing comes."""
         while True:
             time.sleep(_REPORT_S)
             with self._lock:
-                if self._regions.taken:
-                    self._used = time.monotonic()
-                elif time.monotonic() - self._used > _IDLE_S:
-                    self._regions.trim()
+                self._regions.trim(time.monotonic())
             self.say({"group": 0})
             for number, group in list(self._groups.items()):
                 self.say({"group": number, "link": dataclasses.astuple(group.estimate()), "alive": group.alive})
@@ -122,18 +126,5 @@ class _Receiver:
             group.close()
 
 
-def _serve(parent: Parent) -> None:
-    try:
-        receiver = _Receiver(parent)
-    except PrfaasError as error:
-        parent.pipe.say({"error": str(error)})
-        return
-    threading.Thread(target=receiver.report, daemon=True).start()
-    parent.pipe.say({"ready": True})
-    for message in parent.told():
-        receiver.follow(message)
-    receiver.stop()
-
-
 if __name__ == "__main__":
-    run_child(_serve)
+    run_child(_Receiver)

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 
-from prfaas_jax.errors import PrfaasError, TransferError
+from prfaas_jax.errors import TransferError
 from prfaas_jax.kvcache.segments import Segment, SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.transfer.child import Message, Parent, run_child
@@ -30,9 +30,14 @@ class _Sender:
         self._stopping: threading.Thread | None = None
 
     @property
-    def address(self) -> str:
-        """Where its lanes are."""
-        return self._server.address
+    def ready(self) -> Message:
+        """Where the lanes are."""
+        return {"address": self._server.address}
+
+    def report(self) -> None:
+        """See Follower.report."""
+        for target in (self._report_regions, self._report_progress):
+            threading.Thread(target=target, daemon=True).start()
 
     def follow(self, message: Message) -> None:
         """Does what the server says."""
@@ -61,13 +66,13 @@ class _Sender:
                 self._outbox.release(ticket.id, ticket.epoch)
                 self._leases.pop(ticket.id, None)
 
-    def report_regions(self) -> None:
+    def _report_regions(self) -> None:
         """Says of each region when nothing here reads it any more, until the server is gone."""
         with contextlib.suppress(OSError):
             while True:
                 self._parent.pipe.say({"unused": self._parent.memory.unused.get()})
 
-    def report_progress(self) -> None:
+    def _report_progress(self) -> None:
         """Says which tickets something has been acknowledged of, and that this process is alive, until the server is gone."""
         since = 0.0
         with contextlib.suppress(OSError):
@@ -84,19 +89,5 @@ class _Sender:
         self._server.stop(0)
 
 
-def _serve(parent: Parent) -> None:
-    try:
-        sender = _Sender(parent)
-    except PrfaasError as error:
-        parent.pipe.say({"error": str(error)})
-        return
-    for report in (sender.report_regions, sender.report_progress):
-        threading.Thread(target=report, daemon=True).start()
-    parent.pipe.say({"address": sender.address})
-    for message in parent.told():
-        sender.follow(message)
-    sender.stop()
-
-
 if __name__ == "__main__":
-    run_child(_serve)
+    run_child(_Sender)

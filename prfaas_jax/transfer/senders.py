@@ -25,7 +25,6 @@ from prfaas_jax.transfer.shared_memory import Regions, SharedMemory
 _MODULE = "prfaas_jax.transfer.sender_process"
 # Regions are sized by powers of two, and those of each size may all be in use at one time or another.
 _SPACE = 64
-_IDLE_S = 10.0
 
 
 class _Share:
@@ -81,7 +80,6 @@ class SharedOutbox(Outbox):
         self._regions = Regions(self._memory, capacity_bytes)
         self._numbers = itertools.count(1)
         self._users: dict[int, tuple[int, int, set[Child | None]]] = {}  # region: offset, bytes, who may read it; None is this process
-        self._used = clock()  # when a region was last in use
         self._shares: dict[bytes, _Share] = {}
         lane = {"max_streams": max_streams, "message_bytes": message_bytes}
         pace = None if bytes_per_s is None else bytes_per_s / processes
@@ -216,10 +214,7 @@ class SharedOutbox(Outbox):
         with self.changed:
             expired = super().sweep()
             self._collect()
-            if self._users:
-                self._used = self.clock()
-            elif self.clock() - self._used > _IDLE_S:
-                self._regions.trim()
+            self._regions.trim(self.clock())
         return expired
 
     def _drop(self, held: Held) -> None:

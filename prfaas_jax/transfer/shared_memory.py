@@ -21,6 +21,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput
 # Least region: sizes are powers of two from here.
 _LEAST_BYTES = 64 << 10
 _DISCARD_BYTES = 4 << 20
+_IDLE_S = 10.0
 
 
 class SharedMemory:
@@ -36,15 +37,16 @@ class SharedMemory:
     @classmethod
     def create(cls, nbytes: int) -> "SharedMemory":
         """Makes the file; raises InvalidInput when there cannot be such a one."""
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("prfaas")
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
         try:
-            if hasattr(os, "memfd_create"):
-                fd = os.memfd_create("prfaas")
-            else:
-                with tempfile.TemporaryFile() as file:
-                    fd = os.dup(file.fileno())
             os.ftruncate(fd, nbytes)
             return cls(fd, nbytes)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError) as error:
+            os.close(fd)
             raise InvalidInput("shared memory bytes", nbytes, f"a size that can be mapped ({error})") from error
 
     def view(self, offset: int, nbytes: int) -> memoryview:
@@ -83,6 +85,7 @@ class Regions:
         """`spare_bytes` of regions that nobody uses keep their memory at most; `taken` says how many are in use."""
         self._memory, self._spare_limit = memory, spare_bytes
         self._end = self._spare = self.taken = 0
+        self._idle_since: float | None = None
         self._warm: dict[int, list[int]] = defaultdict(list)
         self._cold: dict[int, list[int]] = defaultdict(list)
 
@@ -112,8 +115,12 @@ class Regions:
             self._memory.discard(offset, size)
             self._cold[size].append(offset)
 
-    def trim(self) -> None:
-        """Gives the memory of everything that is spare back to the system."""
+    def trim(self, now: float) -> None:
+        """Gives all spare memory back to the system once nothing has been taken for a while; to be called now and then, with seconds."""
+        if self.taken or self._idle_since is None:
+            self._idle_since = now
+        if now - self._idle_since <= _IDLE_S:
+            return
         for size, offsets in self._warm.items():
             for offset in offsets:
                 self._memory.discard(offset, size)

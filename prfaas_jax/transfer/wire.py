@@ -160,8 +160,7 @@ def header_of(message: bytes) -> Header:
 def _header(*fields: Any) -> Header:
     _, _, flags, dtype, ticket, epoch, sequence, group, tensor, a, b, c, d, e, f, offset, size, raw, _, order = fields
     key = SegmentKey(group, tensor, (a, b), (c, d), (e, f))
-    said = flags & _CHECKED != 0, flags & _AGAIN != 0, flags & _BACKLOG != 0, flags & _COMPRESSED != 0
-    checked, again, backlog, compressed = said
+    checked, again, backlog, compressed = flags & _CHECKED != 0, flags & _AGAIN != 0, flags & _BACKLOG != 0, flags & _COMPRESSED != 0
     return Header(ticket, epoch, sequence, key, _DTYPES[dtype], offset, size, raw, checked, again, backlog, compressed, order)
 
 

@@ -205,7 +205,10 @@ def test_regions_are_used_again_and_spare_memory_is_bounded():
         memory.view(offset, 4)[:] = b"cccc"
         regions.give(offset, 1 << 20)
     assert b"cccc" in (bytes(memory.view(a, 4)), bytes(memory.view(b, 4)))
-    regions.trim()
+    regions.trim(0.0)
+    regions.trim(5.0)
+    assert b"cccc" in (bytes(memory.view(a, 4)), bytes(memory.view(b, 4)))
+    regions.trim(11.0)
     assert bytes(memory.view(a, 4)) == bytes(memory.view(b, 4)) == bytes(4) and regions.taken == 0
     assert {regions.take(1 << 20), regions.take(1 << 20)} == {a, b}
     with pytest.raises(Exhausted, match="shared memory"):
