@@ -59,7 +59,7 @@ class LinkMeter:
     """Fed with arrivals of all lanes of a peer pair. Not thread safe. `now` are seconds of one monotonic clock.
 
     A rate is measured only over time in which the sender had more to send: `backlog` of the message that it sent last says so. What one
-    lane brings may have left before what another has brought already, and then knows less.
+    lane brings may have left before what another has brought already: it knows less of what follows, but was on its way all the time.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,8 @@ class LinkMeter:
 
     def arrived(self, now: float, nbytes: int, backlog: bool, order: int | None = None) -> None:
         """Bytes have come; with `backlog` the next ones come as fast as the link allows. `order` is the sender's, modulo 2^32."""
-        if self._backlog and self._last is not None:
+        overtaken = order is not None and self._order is not None and (order - self._order) % 2**32 >= 2**31
+        if (self._backlog or overtaken) and self._last is not None:
             took = now - self._last
             self._busy.append((now, nbytes, took))
             if took > max(_STALL_S, _STALL_RTTS * self._rtt(now)):
@@ -83,7 +84,7 @@ class LinkMeter:
         self._last = now
         if order is None:
             self._backlog = backlog  # of a probe
-        elif self._order is None or (order - self._order) % 2**32 < 2**31:
+        elif not overtaken:
             self._backlog, self._order = backlog, order
         self._prune(now)
 

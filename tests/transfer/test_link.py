@@ -99,8 +99,25 @@ def test_a_lane_that_lags_does_not_promise_more_than_the_sender_has():
             meter.arrived(now, 0, False)  # a probe's answer in between is no reason to forget
         now += 0.5
     estimate = meter.estimate(now)
-    assert (estimate.stalls, estimate.bytes_per_s) == (0, 0.0), "nothing was measured, and nothing made up"
+    assert estimate.stalls == 0
+    assert estimate.bytes_per_s == pytest.approx((1 << 20) / 0.001, rel=0.01), "what was overtaken, and nothing made up"
     for order in range(40, 60):
         now += 0.001
         meter.arrived(now, 1 << 20, True, (order + 2**32 - 10) % 2**32)
     assert meter.estimate(now).bytes_per_s == pytest.approx((1 << 20) / 0.001, rel=0.1)
+
+
+def test_what_one_lane_still_carries_is_measured_after_another_has_brought_the_last_message():
+    """A link slows down tenfold with a window of bytes under way: the last message comes first, the others at the new pace."""
+    meter = LinkMeter()
+    now, piece = 0.0, 64 << 10
+    for order in range(20):
+        now += piece / 1.25e6
+        meter.arrived(now, piece, True, order)
+    meter.arrived(now, piece, False, 26)
+    for order in range(20, 26):
+        now += piece / 0.125e6
+        meter.arrived(now, piece, True, order)
+    estimate = meter.estimate(now + 5.0)
+    assert estimate.bytes_per_s == pytest.approx(0.125e6, rel=0.1)
+    assert estimate.age_s == pytest.approx(5.0), "nothing more was promised"
