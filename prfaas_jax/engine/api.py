@@ -168,8 +168,27 @@ Sink = Callable[[Event], None]
 
 
 @dataclasses.dataclass(frozen=True)
+class InstanceLoad:
+    """Prefill work on one instance, waiting or running.
+
+    Attributes:
+        free_in_s: seconds until it is done, 0 where the engine cannot tell yet.
+        jobs: prompts.
+        fresh: of these, the ones of which no chunk has been computed yet.
+    """
+
+    free_in_s: float
+    jobs: int
+    fresh: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineStatus:
-    """For health, routing and leak tests; state slots are 0 for a model that keeps no windows or states."""
+    """For health, routing and leak tests; state slots are 0 for a model that keeps no windows or states.
+
+    `instances` are those that prefill and take work; `decode_slots` of requests can decode together, and `decode_waiting` have their cache
+    in place and wait to.
+    """
 
     running: int
     waiting: int
@@ -181,6 +200,9 @@ class EngineStatus:
     tokens_decoded: int = 0
     state_slots_free: int = 0
     state_slots_total: int = 0
+    instances: tuple[InstanceLoad, ...] = ()
+    decode_slots: int = 0
+    decode_waiting: int = 0
 
 
 class PrefillEngine(Protocol):

@@ -30,7 +30,7 @@ from prfaas_jax.engine.api import (
     check_transfer,
 )
 from prfaas_jax.engine.plan import DecodeInput, plan_decode
-from prfaas_jax.engine.prefill import DispatchedStep, Prompt, dispatch_prefill, new_pages, read_token
+from prfaas_jax.engine.prefill import DispatchedStep, Pace, Prompt, dispatch_prefill, new_pages, read_token
 from prfaas_jax.engine.received import Received
 from prfaas_jax.engine.runner import Runner
 from prfaas_jax.engine.thread import EngineThread
@@ -88,6 +88,7 @@ class DecodeWorker(EngineThread):
         self._local_prefills = 0
         self._prefilled = 0
         self._decoded = 0
+        self._pace = Pace()
         self._new_allocators()
 
     def _new_allocators(self) -> None:
@@ -140,6 +141,9 @@ class DecodeWorker(EngineThread):
             tokens_decoded=self._decoded,
             state_slots_free=self._pages.states.free,
             state_slots_total=self._pages.states.total,
+            instances=(self._pace.load(list(self._prompts.values())),),
+            decode_slots=self._options.max_rows,
+            decode_waiting=len(self._ready),
         )
 
     # --- commands, on the engine thread --------------------------------------------------------------------------------------
@@ -261,6 +265,7 @@ class DecodeWorker(EngineThread):
         if previous is None:
             return
         np.asarray(previous.drawn.token)  # at most one step ahead, so that an abort takes effect within one chunk
+        self._pace.step(sum(row.valid for _, row in previous.rows), self._pending_prefill is not None)
         for prompt, row in previous.rows:
             ticket, stop = prompt.job.ticket, row.start + row.valid
             if self._prompts.get(ticket) is not prompt:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from prfaas_jax.engine.api import (
     EngineStatus,
     Failed,
     Finished,
+    InstanceLoad,
     Job,
     PrefillDone,
     PrefillProgress,
@@ -118,6 +119,29 @@ def read_token(drawn: Drawn, row: int, with_logits: bool) -> Token:
     return Token(int(np.asarray(drawn.token)[row]), float(np.asarray(drawn.logprob)[row]), logits)
 
 
+class Pace:
+    """How fast prompts are computed, from the steps of an engine: an exponential mean over the last tokens. Written by one thread."""
+
+    _MEMORY_TOKENS = 16_384
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._s_per_token = 0.0
+
+    def step(self, tokens: int, more: bool) -> None:
+        """A step of `tokens` tokens has been computed; `more` says that the next one is under way already."""
+        now = time.monotonic()
+        if self._since is not None and tokens:
+            share = 1.0 if not self._s_per_token else min(1.0, tokens / self._MEMORY_TOKENS)
+            self._s_per_token += share * ((now - self._since) / tokens - self._s_per_token)
+        self._since = now if more else None
+
+    def load(self, prompts: Sequence[Prompt]) -> InstanceLoad:
+        """What these prompts are for one instance; no seconds before the first step that followed another."""
+        left = sum(len(p.job.prompt) - p.done for p in prompts)
+        return InstanceLoad(left * self._s_per_token, len(prompts), sum(not p.done for p in prompts))
+
+
 class PrefillWorker(EngineThread):
     """`PrefillEngine` over a Runner; see engine/api.py for the protocol."""
 
@@ -135,6 +159,7 @@ class PrefillWorker(EngineThread):
         self._arrivals = 0
         self._steps = 0
         self._prefilled = 0
+        self._pace = Pace()
 
     # --- the edge ------------------------------------------------------------------------------------------------------------
 
@@ -166,6 +191,7 @@ class PrefillWorker(EngineThread):
             tokens_prefilled=self._prefilled,
             state_slots_free=self._pages.states.free,
             state_slots_total=self._pages.states.total,
+            instances=(self._pace.load([*self._waiting.values(), *self._active.values()]),),
         )
 
     # --- the engine thread ---------------------------------------------------------------------------------------------------
@@ -215,6 +241,7 @@ class PrefillWorker(EngineThread):
             self._steps += 1
         if previous is not None:
             self._deliver(previous)
+            self._pace.step(sum(row.valid for _, row in previous.rows), self._pending is not None)
         return self._pending is not None or bool(self._waiting and not self._active)
 
     def _hand_out_ready(self, step: DispatchedStep | None) -> None:

@@ -78,6 +78,9 @@ def status_to_proto(status: EngineStatus) -> common_pb2.EngineStatus:
         tokens_decoded=status.tokens_decoded,
         state_slots_free=status.state_slots_free,
         state_slots_total=status.state_slots_total,
+        instances=[common_pb2.EngineStatus.PrefillInstance(free_in_s=x.free_in_s, jobs=x.jobs, fresh=x.fresh) for x in status.instances],
+        decode_slots=status.decode_slots,
+        decode_waiting=status.decode_waiting,
     )
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback", "ignore_eos")
+    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback", "ignore_eos", "request_id", "tokens_received", "held_by", "tenant")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,10 @@ class GenerateRequest(_message.Message):
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     ALLOW_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    HELD_BY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     token_ids: TokenIds
     text: str
     chat: Chat
@@ -29,7 +33,31 @@ class GenerateRequest(_message.Message):
     placement: Placement
     allow_fallback: bool
     ignore_eos: bool
-    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: bool = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: bool = ..., ignore_eos: bool = ...) -> None: ...
+    request_id: str
+    tokens_received: int
+    held_by: str
+    tenant: str
+    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: bool = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: bool = ..., ignore_eos: bool = ..., request_id: _Optional[str] = ..., tokens_received: _Optional[int] = ..., held_by: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class CancelReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConvertRequest(_message.Message):
+    __slots__ = ("to",)
+    TO_FIELD_NUMBER: _ClassVar[int]
+    to: str
+    def __init__(self, to: _Optional[str] = ...) -> None: ...
+
+class ConvertReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -51,24 +79,42 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Chat.Message, _Mapping]]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill_address", "reason", "route_s", "alternatives")
+    __slots__ = ("prefill_address", "reason", "route_s", "alternatives", "prefill_cluster", "decode_cluster")
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUTE_S_FIELD_NUMBER: _ClassVar[int]
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     prefill_address: str
     reason: str
     route_s: float
     alternatives: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ..., alternatives: _Optional[_Iterable[str]] = ...) -> None: ...
+    prefill_cluster: str
+    decode_cluster: str
+    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ..., alternatives: _Optional[_Iterable[str]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("token", "usage")
+    __slots__ = ("token", "usage", "placed")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
     token: TokenOut
     usage: Usage
-    def __init__(self, token: _Optional[_Union[TokenOut, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    placed: Placed
+    def __init__(self, token: _Optional[_Union[TokenOut, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ...) -> None: ...
+
+class Placed(_message.Message):
+    __slots__ = ("decode_address", "prefill_cluster", "reason", "attempt")
+    DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    decode_address: str
+    prefill_cluster: str
+    reason: str
+    attempt: int
+    def __init__(self, decode_address: _Optional[str] = ..., prefill_cluster: _Optional[str] = ..., reason: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class TokenOut(_message.Message):
     __slots__ = ("token", "text")
@@ -79,7 +125,7 @@ class TokenOut(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link")
+    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +149,10 @@ class Usage(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_BOUND_S_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
     placement: str
     prefill_address: str
     reason: str
@@ -126,7 +176,21 @@ class Usage(_message.Message):
     codec: str
     exposed_bound_s: float
     link: Link
-    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ...) -> None: ...
+    prefill_cluster: str
+    decode_cluster: str
+    attempts: int
+    failures: _containers.RepeatedCompositeFieldContainer[Failure]
+    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., attempts: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("address", "phase", "code")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    phase: str
+    code: str
+    def __init__(self, address: _Optional[str] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class Link(_message.Message):
     __slots__ = ("prefill_address", "bytes_per_s", "transfer_bytes_per_s", "rtt_s", "goodput_bytes_per_s", "spare_bytes_per_s", "stalls", "stalled_s", "age_s")
@@ -177,7 +241,7 @@ class Span(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links", "boot", "standby", "accepted", "decisions")
     class ServedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +250,13 @@ class GenerationStatus(_message.Message):
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     class FailedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class DecisionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +274,10 @@ class GenerationStatus(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -214,18 +289,26 @@ class GenerationStatus(_message.Message):
     failed: _containers.ScalarMap[str, int]
     backends: _containers.RepeatedCompositeFieldContainer[Backend]
     links: _containers.RepeatedCompositeFieldContainer[Link]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
+    boot: str
+    standby: bool
+    accepted: _containers.RepeatedScalarFieldContainer[str]
+    decisions: _containers.ScalarMap[str, int]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("role", "address", "healthy", "why", "engine")
+    __slots__ = ("role", "address", "healthy", "why", "engine", "cluster", "breaker")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_FIELD_NUMBER: _ClassVar[int]
     role: str
     address: str
     healthy: bool
     why: str
     engine: _common_pb2.EngineStatus
-    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ...) -> None: ...
+    cluster: str
+    breaker: str
+    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., cluster: _Optional[str] = ..., breaker: _Optional[str] = ...) -> None: ...

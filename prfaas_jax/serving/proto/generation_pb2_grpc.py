@@ -45,6 +45,21 @@ class GenerationStub(object):
                 request_serializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.SerializeToString,
                 response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/prfaas.v1.Generation/Watch',
+                request_serializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.SerializeToString,
+                response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/prfaas.v1.Generation/Cancel',
+                request_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelRequest.SerializeToString,
+                response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelReply.FromString,
+                _registered_method=True)
+        self.Convert = channel.unary_unary(
+                '/prfaas.v1.Generation/Convert',
+                request_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertRequest.SerializeToString,
+                response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertReply.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer(object):
@@ -63,6 +78,27 @@ class GenerationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """A status at once, then after every change and at least once per period.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a request that was given an id, wherever it is; unknown ids are not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Convert(self, request, context):
+        """One instance of a server that can do both takes the other role, once what it has is done. Answers when it has begun to drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +111,21 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.FromString,
                     response_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.FromString,
+                    response_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelRequest.FromString,
+                    response_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelReply.SerializeToString,
+            ),
+            'Convert': grpc.unary_unary_rpc_method_handler(
+                    servicer.Convert,
+                    request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertRequest.FromString,
+                    response_serializer=prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +182,87 @@ class Generation(object):
             '/prfaas.v1.Generation/Status',
             prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.SerializeToString,
             prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prfaas.v1.Generation/Watch',
+            prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.SerializeToString,
+            prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.GenerationStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.v1.Generation/Cancel',
+            prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelRequest.SerializeToString,
+            prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.CancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Convert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prfaas.v1.Generation/Convert',
+            prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertRequest.SerializeToString,
+            prfaas__jax_dot_serving_dot_proto_dot_generation__pb2.ConvertReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from prfaas_jax.serving.proto import common_pb2 as prfaas__jax_dot_serving_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&prfaas_jax/serving/proto/prefill.proto\x12\tprfaas.v1\x1a%prfaas_jax/serving/proto/common.proto\"\x84\x02\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x19\n\x11\x63\x61\x63he_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x03(\x05\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.prfaas.v1.Sampling\x12\x13\n\x0bwant_logits\x18\x06 \x01(\x08\x12\x19\n\x11\x64\x65\x63ode_has_tokens\x18\x07 \x01(\r\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x15\n\rresume_ticket\x18\t \x01(\x0c\x12\x14\n\x0cresume_epoch\x18\n \x01(\r\"\x8f\x02\n\x0cPrefillEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.prfaas.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.prfaas.v1.ProgressH\x00\x12\x30\n\rsegment_ready\x18\x03 \x01(\x0b\x32\x17.prfaas.v1.SegmentReadyH\x00\x12,\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x15.prfaas.v1.FirstTokenH\x00\x12\x1f\n\x04\x64one\x18\x05 \x01(\x0b\x32\x0f.prfaas.v1.DoneH\x00\x12#\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x11.prfaas.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x7f\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.prfaas.v1.Manifest\x12\x1e\n\x05lanes\x18\x04 \x03(\x0b\x32\x0f.prfaas.v1.Lane\x12\r\n\x05\x63odec\x18\x05 \x01(\t\"\xae\x01\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12)\n\x06groups\x18\x03 \x03(\x0b\x32\x19.prfaas.v1.Manifest.Group\x12\x0e\n\x06prefix\x18\x04 \x01(\r\x12\x12\n\nwire_bytes\x18\x05 \x01(\x04\x1a\x34\n\x05Group\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"O\n\x04Lane\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0bheads_start\x18\x02 \x01(\r\x12\x12\n\nheads_stop\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\r\"\x1a\n\x08Progress\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\xbd\x01\n\x0cSegmentReady\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06tensor\x18\x02 \x01(\r\x12\x14\n\x0clayers_start\x18\x03 \x01(\r\x12\x13\n\x0blayers_stop\x18\x04 \x01(\r\x12\x14\n\x0ctokens_start\x18\x05 \x01(\r\x12\x13\n\x0btokens_stop\x18\x06 \x01(\r\x12\x13\n\x0bheads_start\x18\x07 \x01(\r\x12\x12\n\nheads_stop\x18\x08 \x01(\r\x12\x0f\n\x07ready_s\x18\t \x01(\x01\"-\n\nFirstToken\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.prfaas.v1.Token\"K\n\x04\x44one\x12\x10\n\x08segments\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"/\n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x0e\n\x0cReleaseReply\"\xe2\x01\n\rPrefillStatus\x12\'\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x17.prfaas.v1.EngineStatus\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x19\n\x11\x63\x61\x63he_fingerprint\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x0f\n\x07tickets\x18\x05 \x01(\x05\x12\x14\n\x0cstaged_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07streams\x18\x07 \x01(\x05\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x0e\n\x06\x63odecs\x18\t \x03(\t2\xc7\x01\n\x07Prefill\x12?\n\x07Prefill\x12\x19.prfaas.v1.PrefillRequest\x1a\x17.prfaas.v1.PrefillEvent0\x01\x12=\n\x07Release\x12\x19.prfaas.v1.ReleaseRequest\x1a\x17.prfaas.v1.ReleaseReply\x12<\n\x06Status\x12\x18.prfaas.v1.StatusRequest\x1a\x18.prfaas.v1.PrefillStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&prfaas_jax/serving/proto/prefill.proto\x12\tprfaas.v1\x1a%prfaas_jax/serving/proto/common.proto\"\xa6\x02\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x19\n\x11\x63\x61\x63he_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06prompt\x18\x04 \x03(\x05\x12%\n\x08sampling\x18\x05 \x01(\x0b\x32\x13.prfaas.v1.Sampling\x12\x13\n\x0bwant_logits\x18\x06 \x01(\x08\x12\x19\n\x11\x64\x65\x63ode_has_tokens\x18\x07 \x01(\r\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x15\n\rresume_ticket\x18\t \x01(\x0c\x12\x14\n\x0cresume_epoch\x18\n \x01(\r\x12\x12\n\nrequest_id\x18\x0b \x01(\t\x12\x0c\n\x04site\x18\x0c \x01(\t\"\x8f\x02\n\x0cPrefillEvent\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.prfaas.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.prfaas.v1.ProgressH\x00\x12\x30\n\rsegment_ready\x18\x03 \x01(\x0b\x32\x17.prfaas.v1.SegmentReadyH\x00\x12,\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x15.prfaas.v1.FirstTokenH\x00\x12\x1f\n\x04\x64one\x18\x05 \x01(\x0b\x32\x0f.prfaas.v1.DoneH\x00\x12#\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x11.prfaas.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\xa3\x01\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12%\n\x08manifest\x18\x03 \x01(\x0b\x32\x13.prfaas.v1.Manifest\x12\x1e\n\x05lanes\x18\x04 \x03(\x0b\x32\x0f.prfaas.v1.Lane\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x12\n\nreceived_s\x18\x06 \x01(\x01\x12\x0e\n\x06sent_s\x18\x07 \x01(\x01\"\xae\x01\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12)\n\x06groups\x18\x03 \x03(\x0b\x32\x19.prfaas.v1.Manifest.Group\x12\x0e\n\x06prefix\x18\x04 \x01(\r\x12\x12\n\nwire_bytes\x18\x05 \x01(\x04\x1a\x34\n\x05Group\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"O\n\x04Lane\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0bheads_start\x18\x02 \x01(\r\x12\x12\n\nheads_stop\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\r\"\x1a\n\x08Progress\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\xbd\x01\n\x0cSegmentReady\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0e\n\x06tensor\x18\x02 \x01(\r\x12\x14\n\x0clayers_start\x18\x03 \x01(\r\x12\x13\n\x0blayers_stop\x18\x04 \x01(\r\x12\x14\n\x0ctokens_start\x18\x05 \x01(\r\x12\x13\n\x0btokens_stop\x18\x06 \x01(\r\x12\x13\n\x0bheads_start\x18\x07 \x01(\r\x12\x12\n\nheads_stop\x18\x08 \x01(\r\x12\x0f\n\x07ready_s\x18\t \x01(\x01\"-\n\nFirstToken\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.prfaas.v1.Token\"K\n\x04\x44one\x12\x10\n\x08segments\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"/\n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x0e\n\x0cReleaseReply\"\x93\x02\n\rPrefillStatus\x12\'\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x17.prfaas.v1.EngineStatus\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x19\n\x11\x63\x61\x63he_fingerprint\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x0f\n\x07tickets\x18\x05 \x01(\x05\x12\x14\n\x0cstaged_bytes\x18\x06 \x01(\x03\x12\x0f\n\x07streams\x18\x07 \x01(\x05\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x0e\n\x06\x63odecs\x18\t \x03(\t\x12\x0c\n\x04\x62oot\x18\n \x01(\t\x12\x0f\n\x07standby\x18\x0b \x01(\x08\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x0c \x03(\t2\x85\x02\n\x07Prefill\x12?\n\x07Prefill\x12\x19.prfaas.v1.PrefillRequest\x1a\x17.prfaas.v1.PrefillEvent0\x01\x12=\n\x07Release\x12\x19.prfaas.v1.ReleaseRequest\x1a\x17.prfaas.v1.ReleaseReply\x12<\n\x06Status\x12\x18.prfaas.v1.StatusRequest\x1a\x18.prfaas.v1.PrefillStatus\x12<\n\x05Watch\x12\x17.prfaas.v1.WatchRequest\x1a\x18.prfaas.v1.PrefillStatus0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,33 +33,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prfaas_jax.serving.proto.pr
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=93
-  _globals['_PREFILLREQUEST']._serialized_end=353
-  _globals['_PREFILLEVENT']._serialized_start=356
-  _globals['_PREFILLEVENT']._serialized_end=627
-  _globals['_ACCEPTED']._serialized_start=629
-  _globals['_ACCEPTED']._serialized_end=756
-  _globals['_MANIFEST']._serialized_start=759
-  _globals['_MANIFEST']._serialized_end=933
-  _globals['_MANIFEST_GROUP']._serialized_start=881
-  _globals['_MANIFEST_GROUP']._serialized_end=933
-  _globals['_LANE']._serialized_start=935
-  _globals['_LANE']._serialized_end=1014
-  _globals['_PROGRESS']._serialized_start=1016
-  _globals['_PROGRESS']._serialized_end=1042
-  _globals['_SEGMENTREADY']._serialized_start=1045
-  _globals['_SEGMENTREADY']._serialized_end=1234
-  _globals['_FIRSTTOKEN']._serialized_start=1236
-  _globals['_FIRSTTOKEN']._serialized_end=1281
-  _globals['_DONE']._serialized_start=1283
-  _globals['_DONE']._serialized_end=1358
-  _globals['_FAILED']._serialized_start=1360
-  _globals['_FAILED']._serialized_end=1399
-  _globals['_RELEASEREQUEST']._serialized_start=1401
-  _globals['_RELEASEREQUEST']._serialized_end=1448
-  _globals['_RELEASEREPLY']._serialized_start=1450
-  _globals['_RELEASEREPLY']._serialized_end=1464
-  _globals['_PREFILLSTATUS']._serialized_start=1467
-  _globals['_PREFILLSTATUS']._serialized_end=1693
-  _globals['_PREFILL']._serialized_start=1696
-  _globals['_PREFILL']._serialized_end=1895
+  _globals['_PREFILLREQUEST']._serialized_end=387
+  _globals['_PREFILLEVENT']._serialized_start=390
+  _globals['_PREFILLEVENT']._serialized_end=661
+  _globals['_ACCEPTED']._serialized_start=664
+  _globals['_ACCEPTED']._serialized_end=827
+  _globals['_MANIFEST']._serialized_start=830
+  _globals['_MANIFEST']._serialized_end=1004
+  _globals['_MANIFEST_GROUP']._serialized_start=952
+  _globals['_MANIFEST_GROUP']._serialized_end=1004
+  _globals['_LANE']._serialized_start=1006
+  _globals['_LANE']._serialized_end=1085
+  _globals['_PROGRESS']._serialized_start=1087
+  _globals['_PROGRESS']._serialized_end=1113
+  _globals['_SEGMENTREADY']._serialized_start=1116
+  _globals['_SEGMENTREADY']._serialized_end=1305
+  _globals['_FIRSTTOKEN']._serialized_start=1307
+  _globals['_FIRSTTOKEN']._serialized_end=1352
+  _globals['_DONE']._serialized_start=1354
+  _globals['_DONE']._serialized_end=1429
+  _globals['_FAILED']._serialized_start=1431
+  _globals['_FAILED']._serialized_end=1470
+  _globals['_RELEASEREQUEST']._serialized_start=1472
+  _globals['_RELEASEREQUEST']._serialized_end=1519
+  _globals['_RELEASEREPLY']._serialized_start=1521
+  _globals['_RELEASEREPLY']._serialized_end=1535
+  _globals['_PREFILLSTATUS']._serialized_start=1538
+  _globals['_PREFILLSTATUS']._serialized_end=1813
+  _globals['_PREFILL']._serialized_start=1816
+  _globals['_PREFILL']._serialized_end=2077
 # @@protoc_insertion_point(module_scope)

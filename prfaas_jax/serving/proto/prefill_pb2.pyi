@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "cache_fingerprint", "prompt", "sampling", "want_logits", "decode_has_tokens", "codecs", "resume_ticket", "resume_epoch")
+    __slots__ = ("protocol_version", "model_fingerprint", "cache_fingerprint", "prompt", "sampling", "want_logits", "decode_has_tokens", "codecs", "resume_ticket", "resume_epoch", "request_id", "site")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class PrefillRequest(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     RESUME_TICKET_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     cache_fingerprint: str
@@ -29,7 +31,9 @@ class PrefillRequest(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[str]
     resume_ticket: bytes
     resume_epoch: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: bool = ..., decode_has_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., resume_ticket: _Optional[bytes] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
+    request_id: str
+    site: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., want_logits: bool = ..., decode_has_tokens: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., resume_ticket: _Optional[bytes] = ..., resume_epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., site: _Optional[str] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "progress", "segment_ready", "first_token", "done", "failed")
@@ -48,18 +52,22 @@ class PrefillEvent(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., segment_ready: _Optional[_Union[SegmentReady, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("ticket", "epoch", "manifest", "lanes", "codec")
+    __slots__ = ("ticket", "epoch", "manifest", "lanes", "codec", "received_s", "sent_s")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_S_FIELD_NUMBER: _ClassVar[int]
+    SENT_S_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     epoch: int
     manifest: Manifest
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     codec: str
-    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., codec: _Optional[str] = ...) -> None: ...
+    received_s: float
+    sent_s: float
+    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., codec: _Optional[str] = ..., received_s: _Optional[float] = ..., sent_s: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("length", "bytes", "groups", "prefix", "wire_bytes")
@@ -163,7 +171,7 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "protocol_version", "tickets", "staged_bytes", "streams", "draining", "codecs")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "protocol_version", "tickets", "staged_bytes", "streams", "draining", "codecs", "boot", "standby", "accepted")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CACHE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +181,9 @@ class PrefillStatus(_message.Message):
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -182,4 +193,7 @@ class PrefillStatus(_message.Message):
     streams: int
     draining: bool
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: bool = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    boot: str
+    standby: bool
+    accepted: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., tickets: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., streams: _Optional[int] = ..., draining: bool = ..., codecs: _Optional[_Iterable[str]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ...) -> None: ...

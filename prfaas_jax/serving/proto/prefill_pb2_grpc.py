@@ -50,6 +50,11 @@ class PrefillStub(object):
                 request_serializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.SerializeToString,
                 response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/prfaas.v1.Prefill/Watch',
+                request_serializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.SerializeToString,
+                response_deserializer=prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -75,6 +80,13 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """A status at once, then after every change and at least once per period.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +103,11 @@ def add_PrefillServicer_to_server(servicer, server):
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
                     request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.FromString,
+                    response_serializer=prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.FromString,
                     response_serializer=prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.SerializeToString,
             ),
     }
@@ -174,6 +191,33 @@ class Prefill(object):
             target,
             '/prfaas.v1.Prefill/Status',
             prfaas__jax_dot_serving_dot_proto_dot_common__pb2.StatusRequest.SerializeToString,
+            prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prfaas.v1.Prefill/Watch',
+            prfaas__jax_dot_serving_dot_proto_dot_common__pb2.WatchRequest.SerializeToString,
             prfaas__jax_dot_serving_dot_proto_dot_prefill__pb2.PrefillStatus.FromString,
             options,
             channel_credentials,
