@@ -9,8 +9,9 @@ from prfaas_jax.engine import api
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.codec_policy import CodecPolicy
-from prfaas_jax.serving.front import FrontOptions, GenerationFront
+from prfaas_jax.serving.front import DeadlinePassed, FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Generation, Progress, Site, Write
+from prfaas_jax.serving.held import HeldRequests
 from prfaas_jax.serving.peers import PrefillPeers
 from prfaas_jax.serving.proto import common_pb2, generation_pb2
 from prfaas_jax.serving.text import TextCodec
@@ -29,6 +30,7 @@ class DecodeServerOptions(FrontOptions):
         codec: how KV travels: none, zstd (lossless), kinds and names as in paged=int8,state=bf16, or auto, which picks by what the link
             carries.
         allow_lossy: auto may pick a codec that loses bits.
+        detach_s: a request with an id goes on for so long without a caller, who may come back to it.
         max_staging_bytes: received KV of one request that waits for its scatter; each sender process of a prefill server has an equal part
             of it, which one segment (a chunk's KV of a few layers) must fit.
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
@@ -39,12 +41,13 @@ class DecodeServerOptions(FrontOptions):
     receiver_processes: int = 0
     codec: str = "none"
     allow_lossy: bool = False
+    detach_s: float = 5.0
     max_staging_bytes: int = 64 << 20
     max_unread_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("idle_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
+        for field in ("idle_s", "detach_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
         if not 0 <= self.receiver_processes <= MAX_PROCESSES:
@@ -62,9 +65,10 @@ class DecodeServer(GenerationFront):
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
         self._peers = PrefillPeers(options, options.lanes, options.receiver_processes)
+        self._held = HeldRequests(options.detach_s)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
         codecs = CodecPolicy(options.codec, options.allow_lossy)
-        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs)
+        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs, self._bulletin.accepted)
 
     @property
     def fingerprint(self) -> str:
@@ -83,18 +87,42 @@ class DecodeServer(GenerationFront):
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
         await super().stop(grace_s)
+        await self._held.close()
         await self._peers.close()
         await asyncio.to_thread(self._executor.shutdown)
 
-    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
+    async def Cancel(self, request: generation_pb2.CancelRequest, context: Any) -> generation_pb2.CancelReply:
         """See generation.proto."""
-        status = await super().Status(request, context)
-        status.engine.CopyFrom(messages.status_to_proto(self._engine.status()))
+        self._held.cancel(request.request_id)
+        return generation_pb2.CancelReply()
+
+    def _status(self) -> generation_pb2.GenerationStatus:
+        status = super()._status()
+        engine = self._engine.status()
+        status.engine.CopyFrom(messages.status_to_proto(engine))
+        status.standby = not engine.decode_slots
         status.model_fingerprint = self._engine.fingerprint
         status.cache_fingerprint = self._engine.spec.fingerprint()
         status.links.extend(self._peers.links())
         status.has_tokenizer = self._tokenizer is not None
         return status
+
+    async def _answer(
+        self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
+    ) -> generation_pb2.Usage:
+        """A request with an id runs by itself, and calls attend it."""
+        if not request.request_id:
+            return await super()._answer(request, _after(request.tokens_received, write), arrived, deadline, progress)
+
+        async def run(emit: Write) -> generation_pb2.Usage:
+            with self._admitted():
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        return await self._generate(request, emit, arrived, deadline, progress)
+                except TimeoutError as error:
+                    raise DeadlinePassed(f"the deadline passed during {progress.phase}") from error
+
+        return await self._held.attend(request, write, run)
 
     async def _generate(
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
@@ -106,3 +134,16 @@ class DecodeServer(GenerationFront):
             self._fallbacks += generation.fallback is not None
         usage.decode_address = self.address
         return usage
+
+
+def _after(count: int, write: Write) -> Write:
+    """Writes all but the first `count` events with a token: whoever asks again has them from another server."""
+
+    async def later(event: generation_pb2.GenerateEvent) -> None:
+        nonlocal count
+        if count and event.token.HasField("token"):
+            count -= 1
+        else:
+            await write(event)
+
+    return later if count else write

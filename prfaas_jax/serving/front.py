@@ -5,14 +5,18 @@ import collections
 import contextlib
 import dataclasses
 import time
+import uuid
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import grpc
 
-from prfaas_jax.errors import InvalidInput, PrfaasError
+from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.bulletin import Bulletin
 from prfaas_jax.serving.control_plane import ControlPlane
 from prfaas_jax.serving.generation import Progress, Write
+from prfaas_jax.serving.held import RequestCancelled, TakenOver, UnknownRequest
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
 from prfaas_jax.serving.usage import InvalidRun
@@ -21,6 +25,12 @@ from prfaas_jax.transfer.security import Security, check_listen
 
 SERVICE = "prfaas.v1.Generation"
 _ABORT_S = 0.5
+# Trailing metadata of errors: when it may be worth trying again, and the prefill server that failed.
+RETRY_AFTER, FAILED_PREFILL = "retry-after-ms", "failed-prefill"
+Metadata = tuple[tuple[str, str], ...]
+_RETRY_AFTER_S = 0.05
+# Of the last request in the mean time that requests take.
+_REQUEST_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,10 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
     def __init__(self, options: FrontOptions):
         self._front = options
         self._plane = ControlPlane(options.address, SERVICE, options, FRONT_SERVER_OPTIONS)
+        self._bulletin = Bulletin(self._status)
+        self._boot = uuid.uuid4().hex
         self._streams = 0
+        self._request_s = 0.0
         self._fallbacks = 0
         self._served: collections.Counter[str] = collections.Counter()
         self._failed: collections.Counter[str] = collections.Counter()
@@ -70,24 +83,20 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
+        self._plane.draining = True
+        self._bulletin.changed()
         await self._plane.stop(grace_s, lambda: self._streams)
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
         """See generation.proto."""
         arrived = time.monotonic()
-        if self._plane.draining:
-            await self._refuse(context, grpc.StatusCode.UNAVAILABLE, "this server is shutting down")
-        if self._streams >= self._front.max_requests:
-            why = f"{self._streams} requests are being served (max_requests={self._front.max_requests})"
-            await self._refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         asked = context.time_remaining()
         remaining = self._front.max_request_s if asked is None else min(asked, self._front.max_request_s)
         deadline = arrived + remaining - min(self._front.deadline_margin_s, 0.1 * remaining)
         progress = Progress()
-        self._streams += 1
         try:
             async with asyncio.timeout_at(deadline):
-                usage = await self._generate(request, context.write, arrived, deadline, progress)
+                usage = await self._answer(request, context.write, arrived, deadline, progress)
                 # Counted first: whoever has read the usage finds it counted.
                 counted = collections.Counter((self._label(usage),))
                 self._served += counted
@@ -98,6 +107,8 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
                     raise
         except TimeoutError:
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed during {progress.phase}")
+        except RemotePrefillFailed as error:
+            await self._refuse(context, error.code, str(error), ((FAILED_PREFILL, error.address),))
         except PrfaasError as error:
             await self._refuse(context, status_of(error), str(error))
         except grpc.RpcError as error:
@@ -105,18 +116,47 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         except asyncio.CancelledError:
             self._failed[grpc.StatusCode.CANCELLED.name] += 1
             raise
-        finally:
-            self._streams -= 1
 
     async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
         """See generation.proto."""
+        return self._status()
+
+    async def Watch(self, request: common_pb2.WatchRequest, context: Any) -> None:
+        """See generation.proto."""
+        await self._bulletin.watch(request, context)
+
+    def _status(self) -> generation_pb2.GenerationStatus:
         return generation_pb2.GenerationStatus(
+            boot=self._boot,
             streams=self._streams,
             fallbacks=self._fallbacks,
             draining=self._plane.draining,
             served=self._served,
             failed=self._failed,
         )
+
+    async def _answer(
+        self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
+    ) -> generation_pb2.Usage:
+        """One call; arguments as of `_generate`."""
+        with self._admitted():
+            return await self._generate(request, write, arrived, deadline, progress)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """A request is being served, while the block runs; raises ShuttingDown or Exhausted."""
+        if self._plane.draining:
+            raise ShuttingDown("this server is shutting down")
+        if self._streams >= self._front.max_requests:
+            raise Exhausted(f"{self._streams} requests are being served (max_requests={self._front.max_requests})")
+        began = time.monotonic()
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+            self._request_s += _REQUEST_SHARE * (time.monotonic() - began - self._request_s)
+            self._bulletin.changed()
 
     async def _generate(
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
@@ -128,21 +168,42 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         """What a finished request is counted under."""
         return usage.placement
 
-    async def _refuse(self, context: Any, code: grpc.StatusCode, why: str) -> NoReturn:
+    async def _refuse(self, context: Any, code: grpc.StatusCode, why: str, metadata: Metadata = ()) -> NoReturn:
         self._failed[code.name] += 1
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            metadata = (*metadata, self._retry_after())
         # An abort waits behind tokens that the client does not read; cut short, it is still sent when the client reads on.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ABORT_S):
-                await context.abort(code, why)
+                await context.abort(code, why, metadata)
         raise grpc.aio.AbortError(why)
+
+    def _retry_after(self) -> tuple[str, str]:
+        """Trailing metadata for whoever was refused: about when, in milliseconds, one of those that are served will have ended."""
+        seconds = max(_RETRY_AFTER_S, self._request_s / self._front.max_requests)
+        return RETRY_AFTER, str(round(1e3 * seconds))
+
+
+class DeadlinePassed(PrfaasError):
+    """A request took longer than it may; maps to DEADLINE_EXCEEDED."""
+
+
+class ShuttingDown(PrfaasError):
+    """The server drains and takes nothing new; maps to UNAVAILABLE."""
 
 
 def status_of(error: PrfaasError) -> grpc.StatusCode:
-    """The status a client gets: that of the failed prefill server's answer where there was one."""
+    """The status a client gets."""
     match error:
-        case RemotePrefillFailed():
-            return error.code
         case InvalidRun():
             return grpc.StatusCode.DATA_LOSS
+        case DeadlinePassed():
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+        case UnknownRequest():
+            return grpc.StatusCode.NOT_FOUND
+        case TakenOver():
+            return grpc.StatusCode.ABORTED
+        case RequestCancelled():
+            return grpc.StatusCode.CANCELLED
         case _:
             return messages.code_of(error)

@@ -39,6 +39,7 @@ class Site:
     max_staging_bytes: int
     max_unread_bytes: int
     codecs: CodecPolicy
+    accepted: Callable[[str], None]
 
 
 @dataclasses.dataclass
@@ -68,6 +69,7 @@ class Generation:
         self._over = False
         self._remote: RemoteResult | None = None
         self._resumes, self._recomputed_there = 0, 0
+        self._failures: list[generation_pb2.Failure] = []
         self._held_tokens = 0
         self._travel = Travel(AS_CACHED, False, "nothing travels")
         self._counters = Counters()
@@ -118,6 +120,7 @@ class Generation:
         self._events = EventQueue(self._site.max_unread_bytes, _weigh)
         job = api.Job(uuid.uuid4().hex, prompt, sampling, codec)
         self._site.engine.reserve(job, self._events.push)
+        self._site.accepted(self._request.placement.account)
         self._job, self._over = job, False
         event, _ = await self._next()
         if not isinstance(event, api.Admitted):
@@ -139,10 +142,12 @@ class Generation:
             max_staging_bytes=self._site.max_staging_bytes,
             prefix=self._held_tokens,
             compressed=self._travel.compressed,
+            account=self._request.placement.account,
         )
         try:
             self._remote = result = await self._watched(attempt)
         except RemotePrefillFailed as failure:
+            self._failures = _failures(attempt)
             if not self._request.allow_fallback or failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
             logging.warning("falling back to a local prefill: %s", failure)
@@ -153,7 +158,7 @@ class Generation:
             self._spans += span("failed remote prefill", self.marks, attempt.timeline.started, self.marks.remote_failed)
             await self._reserve(job.prompt, job.sampling)
             return
-        self._resumes, self._recomputed_there = attempt.resumes, attempt.recomputed
+        self._resumes, self._recomputed_there, self._failures = attempt.resumes, attempt.recomputed, _failures(attempt)
         timeline = result.timeline
         assert timeline.verified is not None
         self.marks.prefilled = timeline.verified
@@ -304,6 +309,7 @@ class Generation:
             kv_bytes_expected=0 if remote is None else self._site.engine.spec.bytes(prompt_tokens),
             tokens_recomputed=self.fallback.tokens if self.fallback else self._counters.recomputed_tokens + self._recomputed_there,
             resumes=self._resumes,
+            failures=self._failures,
             kv_bytes_wire=self._counters.wire,
             codec=self._travel.name if remote else "",
             exposed_bound_s=(remote.exposed_bound_s or 0.0) if remote else 0.0,
@@ -313,3 +319,7 @@ class Generation:
             itl_s=self._itl,
             spans=spans,
         )
+
+
+def _failures(attempt: RemotePrefill) -> list[generation_pb2.Failure]:
+    return [generation_pb2.Failure(address=f.address, phase=f.phase, code=f.code.name) for f in attempt.failures]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+import uuid
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferErro
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.bulletin import Bulletin
 from prfaas_jax.serving.control_plane import ControlPlane
 from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
@@ -119,6 +121,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         self._options = options
         self._outbox, self._lanes = _outbox(engine.spec, options)
         self._plane = ControlPlane(options.address, SERVICE, options)
+        self._bulletin = Bulletin(self._status)
+        self._boot = uuid.uuid4().hex
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -150,6 +154,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
+        self._plane.draining = True
+        self._bulletin.changed()
         # A ticket outlives its control stream until its KV has been fetched.
         await self._plane.stop(grace_s, lambda: self._attached or len(self._outbox.tickets))
         if self._sweeper is not None:
@@ -206,6 +212,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         if self._streams.pop(stream.job.ticket, None) is not None:
             self._engine.cancel(stream.job.ticket)
             self._outbox.release(stream.ticket.id, stream.ticket.epoch)
+            self._bulletin.changed()
 
     async def Release(self, request: prefill_pb2.ReleaseRequest, context: Any) -> prefill_pb2.ReleaseReply:
         """See prefill.proto."""
@@ -219,8 +226,16 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
 
     async def Status(self, request: common_pb2.StatusRequest, context: Any) -> prefill_pb2.PrefillStatus:
         """See prefill.proto."""
+        return self._status()
+
+    async def Watch(self, request: common_pb2.WatchRequest, context: Any) -> None:
+        """See prefill.proto."""
+        await self._bulletin.watch(request, context)
+
+    def _status(self) -> prefill_pb2.PrefillStatus:
+        status = self._engine.status()
         return prefill_pb2.PrefillStatus(
-            engine=messages.status_to_proto(self._engine.status()),
+            engine=messages.status_to_proto(status),
             model_fingerprint=self._engine.fingerprint,
             cache_fingerprint=self._engine.spec.fingerprint(),
             protocol_version=PROTOCOL_VERSION,
@@ -229,6 +244,8 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             streams=self._attached,
             draining=self._plane.draining,
             codecs=self._engine.codecs,
+            boot=self._boot,
+            standby=not status.instances,
         )
 
     @property
@@ -264,6 +281,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             self._outbox.release(ticket.id, ticket.epoch)
             raise
         self._streams[job.ticket] = stream
+        self._bulletin.accepted(request.request_id)
         return stream
 
     def _find(self, request: prefill_pb2.PrefillRequest) -> _Stream:
@@ -327,6 +345,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
                 case api.PrefillDone(first, queue_s, compute_s):
                     token = prefill_pb2.FirstToken(token=messages.token_to_proto(first))
                     done = prefill_pb2.Done(segments=stream.segments, bytes=stream.bytes, queue_s=queue_s, prefill_s=compute_s)
+                    self._bulletin.changed()
                     stream.last_words = [prefill_pb2.PrefillEvent(first_token=token), prefill_pb2.PrefillEvent(done=done)]
                 case api.Failed(error):
                     await self._fail(stream, context, messages.code_of(error).name, str(error))

@@ -33,6 +33,7 @@ _ELSEWHERE = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.FAILED_PRECONDITION,  # another model, cache or version there
 )
 # Clocks of two machines may run a little differently; beyond this a peer's report is wrong.
 _CLOCK_SLACK_S = 1e-3
@@ -47,6 +48,7 @@ class RemotePrefillFailed(TransferError):
     """A remote prefill did not deliver.
 
     Attributes:
+        address: of the prefill server.
         phase: "handshake" (not accepted yet), "prefill" (no byte yet), "transfer", or "completion" (every byte verified).
         code: the gRPC status that fits.
         tokens: prompt tokens that the other side had computed by then.
@@ -54,7 +56,7 @@ class RemotePrefillFailed(TransferError):
 
     def __init__(self, phase: str, address: str, code: grpc.StatusCode, why: str, tokens: int = 0):
         super().__init__(f"remote prefill at {address} failed during {phase}: {code.name}: {why}")
-        self.phase, self.code, self.tokens = phase, code, tokens
+        self.phase, self.address, self.code, self.tokens = phase, address, code, tokens
 
 
 @dataclasses.dataclass
@@ -102,6 +104,7 @@ class RemotePrefill:
         timeline: of the attempt under way, or the last one.
         resumes: attempts that went on where another had failed.
         recomputed: prompt tokens that failed attempts had computed.
+        failures: of every attempt that failed, the last one too.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class RemotePrefill:
         max_staging_bytes: int,
         prefix: int = 0,
         compressed: bool = False,
+        account: str = "",
     ):
         """`job` holds reserved pages in `engine`; `deadline` is in monotonic seconds; `executor` has two threads to wait in.
 
@@ -128,8 +132,10 @@ class RemotePrefill:
         self._deadline, self._idle_s, self._max_staging_bytes = deadline, idle_s, max_staging_bytes
         self._prefix, self._compressed = prefix, compressed
         self._wire_spec = job.codec.wire_spec(engine.spec)
+        self._account = account
         self._puller: Puller | None = None
         self.resumes, self.recomputed = 0, 0
+        self.failures: list[RemotePrefillFailed] = []
         self._begin(addresses[0])
 
     def _begin(self, address: str) -> None:
@@ -149,13 +155,18 @@ class RemotePrefill:
             try:
                 return await self._attempt()
             except RemotePrefillFailed as failure:
+                self.failures.append(failure)
                 if failure.code not in _ELSEWHERE:
                     raise
                 logging.warning("going on at %s: %s", following, failure)
                 self.resumes += 1
                 self.recomputed += failure.tokens
         self._begin(self._addresses[-1])
-        return await self._attempt()
+        try:
+            return await self._attempt()
+        except RemotePrefillFailed as failure:
+            self.failures.append(failure)
+            raise
 
     async def _attempt(self) -> RemoteResult:
         control = ControlStream(self._peers, self._address, self._request(), self._time_left)
@@ -190,6 +201,7 @@ class RemotePrefill:
             want_logits=self._job.sampling.return_logits,
             decode_has_tokens=self._prefix,
             codecs=[str(self._job.codec)],
+            request_id=self._account,
         )
 
     async def _accept(self, control: ControlStream) -> prefill_pb2.Accepted:

@@ -120,9 +120,12 @@ class FakeDecodeEngine(EngineThread):
     def status(self) -> api.EngineStatus:
         """See DecodeEngine.status."""
         self._check_alive()
-        running = sum(r.phase == "running" for r in list(self._requests.values()))
+        phases = [r.phase for r in list(self._requests.values())]
         counts = (self._local_prefills, self._prefilled, self._decoded)
-        return api.EngineStatus(running, self._queued, self._pages_free, self._options.pages, 0, *counts)
+        # Whoever has pages decodes: there is no other limit.
+        pages, load = self._options.pages, (api.InstanceLoad(0.0, phases.count("prefilling"), 0),)
+        running = phases.count("running")
+        return api.EngineStatus(running, self._queued, self._pages_free, pages, 0, *counts, instances=load, decode_slots=pages)
 
     # --- the engine thread ---------------------------------------------------------------------------------------------------
 

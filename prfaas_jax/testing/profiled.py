@@ -17,6 +17,7 @@ from prfaas_jax.engine.api import (
     Event,
     Failed,
     Finished,
+    InstanceLoad,
     Job,
     PrefillDone,
     PrefillProgress,
@@ -171,7 +172,9 @@ class ProfiledPrefillEngine:
     def status(self) -> EngineStatus:
         """Current load; it has no pages and compiles nothing."""
         with self._changed:
-            return EngineStatus(int(self._running is not None), len(self._waiting), 0, 0, 0, tokens_prefilled=self._tokens_prefilled)
+            running, waiting = int(self._running is not None), len(self._waiting)
+            load = (InstanceLoad(0.0, running + waiting, waiting),)
+            return EngineStatus(running, waiting, 0, 0, 0, tokens_prefilled=self._tokens_prefilled, instances=load)
 
     def close(self) -> None:
         """Fails outstanding jobs and ends the thread."""

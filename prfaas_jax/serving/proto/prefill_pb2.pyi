@@ -52,7 +52,7 @@ class PrefillEvent(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., segment_ready: _Optional[_Union[SegmentReady, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("ticket", "epoch", "manifest", "lanes", "codec", "received_s", "sent_s")
+    __slots__ = ("ticket", "epoch", "manifest", "lanes", "codec", "received_s", "sent_s", "submitted_s")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class Accepted(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_S_FIELD_NUMBER: _ClassVar[int]
     SENT_S_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_S_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     epoch: int
     manifest: Manifest
@@ -67,7 +68,8 @@ class Accepted(_message.Message):
     codec: str
     received_s: float
     sent_s: float
-    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., codec: _Optional[str] = ..., received_s: _Optional[float] = ..., sent_s: _Optional[float] = ...) -> None: ...
+    submitted_s: float
+    def __init__(self, ticket: _Optional[bytes] = ..., epoch: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., codec: _Optional[str] = ..., received_s: _Optional[float] = ..., sent_s: _Optional[float] = ..., submitted_s: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("length", "bytes", "groups", "prefix", "wire_bytes")
@@ -105,10 +107,12 @@ class Lane(_message.Message):
     def __init__(self, address: _Optional[str] = ..., heads_start: _Optional[int] = ..., heads_stop: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "at_s")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
     tokens: int
-    def __init__(self, tokens: _Optional[int] = ...) -> None: ...
+    at_s: float
+    def __init__(self, tokens: _Optional[int] = ..., at_s: _Optional[float] = ...) -> None: ...
 
 class SegmentReady(_message.Message):
     __slots__ = ("group", "tensor", "layers_start", "layers_stop", "tokens_start", "tokens_stop", "heads_start", "heads_stop", "ready_s")

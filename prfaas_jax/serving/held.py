@@ -1,0 +1,125 @@
+"""Requests that outlive their streams: a caller whose connection broke, or whose router was restarted, comes back and misses nothing."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from prfaas_jax.errors import InvalidInput, PrfaasError
+from prfaas_jax.serving.generation import Write
+from prfaas_jax.serving.proto import generation_pb2
+
+# Runs a generation, its events through the `Write` that it is given, and returns its usage.
+Run = Callable[[Write], Awaitable[generation_pb2.Usage]]
+
+
+class UnknownRequest(PrfaasError):
+    """A request that a caller wants to come back to is not held here, or not any more; maps to NOT_FOUND."""
+
+
+class RequestCancelled(PrfaasError):
+    """Somebody has ended the request by its id; maps to CANCELLED."""
+
+
+class TakenOver(PrfaasError):
+    """Another call has come for the same request; this one gets nothing more. Maps to ABORTED."""
+
+
+class _Held:
+    """One request: what it has said so far, and its end."""
+
+    def __init__(self) -> None:
+        self.said: list[generation_pb2.GenerateEvent] = []
+        self.changed = asyncio.Event()
+        self.readers = 0  # calls that have come for it so far
+        self.task: asyncio.Task[generation_pb2.Usage] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    async def emit(self, event: generation_pb2.GenerateEvent) -> None:
+        """Never waits for a reader: a request says no more than its new tokens."""
+        self.said.append(event)
+        self.changed.set()
+
+
+class HeldRequests:
+    """Requests by id, each run once, however many calls come for it, one after the other. On one event loop only.
+
+    A request without a reader for `keep_s` seconds is cancelled, and one that is over is remembered for as long.
+    """
+
+    def __init__(self, keep_s: float):
+        self._keep_s = keep_s
+        self._all: dict[str, _Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    async def attend(self, request: generation_pb2.GenerateRequest, write: Write, run: Run) -> generation_pb2.Usage:
+        """Runs the request, or finds the run that there is, and writes what it says from the caller's `tokens_received` on.
+
+        With `held_by` it is only found. Returns its usage, unsent; raises UnknownRequest, TakenOver, RequestCancelled, or what the run
+        raised.
+        """
+        if request.want_logits:
+            raise InvalidInput("want_logits", True, "false for a request with an id: logits are not kept for a caller to come back to")
+        held = self._all.get(request.request_id)
+        if held is None:
+            if request.held_by:
+                raise UnknownRequest(f"request {request.request_id} is not held here, or not any more")
+            held = self._all[request.request_id] = _Held()
+            held.task = asyncio.create_task(self._run(held, run))
+        if held.timer is not None:
+            held.timer.cancel()
+            held.timer = None
+        held.readers += 1
+        turn, at = held.readers, request.tokens_received
+        held.changed.set()  # whoever read before sees that it is over for him
+        try:
+            while True:
+                held.changed.clear()
+                for event in held.said[at:]:
+                    await write(event)
+                    at += 1
+                    if held.readers != turn:
+                        raise TakenOver(f"another call has come for request {request.request_id}")
+                assert held.task is not None
+                if held.task.done() and at >= len(held.said):
+                    if held.task.cancelled():
+                        raise RequestCancelled(f"request {request.request_id} was cancelled")
+                    return held.task.result()
+                await held.changed.wait()
+                if held.readers != turn:
+                    raise TakenOver(f"another call has come for request {request.request_id}")
+        finally:
+            failed = held.task is not None and held.task.done() and (held.task.cancelled() or held.task.exception() is not None)
+            if failed and self._all.get(request.request_id) is held:
+                self._drop(request.request_id)  # whoever asks again asks for another try
+            elif held.readers == turn:
+                held.timer = asyncio.get_running_loop().call_later(self._keep_s, self._drop, request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at once; unknown ids are ignored."""
+        self._drop(request_id)
+
+    async def close(self) -> None:
+        """Ends all of them."""
+        tasks = [held.task for held in self._all.values() if held.task is not None]
+        for request_id in list(self._all):
+            self._drop(request_id)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, held: _Held, run: Run) -> generation_pb2.Usage:
+        try:
+            return await run(held.emit)
+        finally:
+            # Once the task is done, which it is not before this returns.
+            asyncio.get_running_loop().call_soon(held.changed.set)
+
+    def _drop(self, request_id: str) -> None:
+        held = self._all.pop(request_id, None)
+        if held is None:
+            return
+        if held.timer is not None:
+            held.timer.cancel()
+        assert held.task is not None
+        held.task.cancel()
+        # Nobody may ever ask for the result of a request that failed while nobody read.
+        held.task.add_done_callback(lambda task: task.cancelled() or task.exception())
