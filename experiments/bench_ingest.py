@@ -46,10 +46,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="prfaas-") as scratch, Processes(workdir.path if workdir else Path(scratch)) as processes:
         decode = launch_server(processes, "decode", "decode", options)
         decode.wait_ready(READY_S)
-        played = {"checkpoint": CHECKPOINT.value, "dtype": DTYPE.value, "fingerprint": decode.ready["fingerprint"]}
+        played = {"model": CHECKPOINT.value, "dtype": DTYPE.value, "fingerprint": decode.ready["fingerprint"]}
         command = module_command("experiments.serve_profiled", {**played, "tokens_per_s": TOKENS_PER_S.value})
         prefill = processes.spawn("prefill", command, environment())
-        pace = Pace(decode.ready["address"], prefill.ready["address"], vocab, STREAMS.value, TOKENS.value)
+        pace = Pace(decode.ready["address"], prefill.ready["prefill"]["address"], vocab, STREAMS.value, TOKENS.value)
         try:
             for number in tqdm(range(ROUNDS.value), desc="rounds", unit="round"):
                 gaps += pace.round(number, ARRIVALS.value, QUIET_S.value)

@@ -15,7 +15,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferErro
 from prfaas_jax.kvcache.codecs import CODEC_NAMES
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
-from prfaas_jax.testing.profiled import first_token, profiled_block
+from prfaas_jax.testing.profiled import digest_block, digest_token, prompt_digest
 from prfaas_jax.transfer.coverage import Coverage
 
 
@@ -40,8 +40,7 @@ class FakeDecodeOptions:
 
 def next_token(ids: Sequence[int], vocab_size: int, with_logits: bool = False) -> api.Token:
     """The token that follows `ids`: after a whole prompt, the one that the profiled prefill engine draws."""
-    token = first_token(tuple(ids), vocab_size)
-    return dataclasses.replace(token, logits=np.eye(1, vocab_size, token.token, np.float32)[0]) if with_logits else token
+    return digest_token(prompt_digest(ids), vocab_size, with_logits)
 
 
 @dataclasses.dataclass
@@ -57,7 +56,8 @@ class _Request:
     asked: float = 0.0
     first: api.Token | None = None
     ready_at: float = 0.0
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    digest: int = 0  # of the prompt, then of all ids so far
+    count: int = 0
 
 
 class FakeDecodeEngine(EngineThread):
@@ -88,7 +88,7 @@ class FakeDecodeEngine(EngineThread):
         pages = -(-(len(job.prompt) + job.sampling.max_new_tokens) // options.page_size)
         api.check_transfer(job, self.spec, self.codecs)
         held = min(options.held_tokens, len(job.prompt))
-        request = _Request(job, sink, pages, self._held_coverage(len(job.prompt), held), held)
+        request = _Request(job, sink, pages, self._held_coverage(len(job.prompt), held), held, digest=prompt_digest(job.prompt))
         self._post(functools.partial(self._enqueue, request))
 
     def _held_coverage(self, length: int, held: int) -> Coverage:
@@ -156,7 +156,7 @@ class FakeDecodeEngine(EngineThread):
         heads = key.tensor_spec(self.spec).heads
         if key.heads != (0, heads):
             raise InvalidInput("segment.heads", key.heads, f"all {heads}")
-        if not np.array_equal(block, profiled_block(spec, key, prompt, self._options.seed)):
+        if not np.array_equal(block, digest_block(spec, key, request.digest, self._options.seed)):
             raise TransferError(f"wrong bytes in {key}")
         request.coverage.claim(key)
 
@@ -218,16 +218,15 @@ class FakeDecodeEngine(EngineThread):
         self._emit(request, self._next(request))
 
     def _next(self, request: _Request) -> api.Token:
-        ids = (*request.job.prompt, *request.tokens)
-        return next_token(ids, self._options.vocab_size, request.job.sampling.return_logits)
+        return digest_token(request.digest, self._options.vocab_size, request.job.sampling.return_logits)
 
     def _emit(self, request: _Request, token: api.Token) -> None:
-        request.tokens.append(token.token)
+        request.digest, request.count = prompt_digest((token.token,), request.digest), request.count + 1
         request.sink(token)
         sampling = request.job.sampling
         if token.token in sampling.stop_token_ids:
             self._end(request.job.ticket, api.Finished("stop"))
-        elif len(request.tokens) == sampling.max_new_tokens:
+        elif request.count == sampling.max_new_tokens:
             self._end(request.job.ticket, api.Finished("length"))
 
     def _fail_all(self, error: PrfaasError) -> None:

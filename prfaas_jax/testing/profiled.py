@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from prfaas_jax.engine.api import (
     check_transfer,
 )
 from prfaas_jax.errors import EngineFailed, Exhausted, InvalidInput
-from prfaas_jax.kvcache.codecs import CODEC_NAMES
+from prfaas_jax.kvcache.codecs import CODEC_NAMES, SCALE_BYTES
 from prfaas_jax.kvcache.segments import Segment, SegmentKey, aligned_blocks, kept_part, layer_blocks
 from prfaas_jax.kvcache.spec import CacheSpec
 
@@ -38,22 +38,27 @@ _FINITE_FP8 = np.uint8(0xF7)
 _SCALE_UPPER = 0x3C
 
 
-def profiled_block(spec: CacheSpec, key: SegmentKey, prompt: tuple[int, ...], seed: int = 0) -> np.ndarray:
+def profiled_block(spec: CacheSpec, key: SegmentKey, prompt: Sequence[int], seed: int = 0) -> np.ndarray:
     """The cache that a profiled engine makes of a prompt, `[layers, tokens, heads, width]`; bfloat16 as uint16.
 
     Of a codec's `wire_spec` too: what it writes in bytes is a head's elements, finite as int8 and as float8_e4m3fn, and a finite scale.
     Every (group, tensor, layer, token, head) has finite values of its own, whatever block they are asked for in, so a receiver with
     other chunks and shards can check what it got.
     """
+    return digest_block(spec, key, prompt_digest(prompt), seed)
+
+
+def digest_block(spec: CacheSpec, key: SegmentKey, digest: int, seed: int = 0) -> np.ndarray:
+    """`profiled_block` of the prompt that has this digest, which whoever makes many blocks of a long prompt takes once."""
     tensor = key.tensor_spec(spec)
     layers, tokens, heads = (np.arange(*r, dtype=np.uint32) for r in (key.layers, key.tokens, key.heads))
     # Unsigned arithmetic wraps; odd multipliers spread neighbours over the table.
     start = layers[:, None, None] * 2654435761 + tokens[None, :, None] * 2246822519 + heads[None, None, :] * 3266489917
-    start = start + np.uint32((_prompt_digest(prompt) + 668265263 * (key.group * 64 + key.tensor)) % 2**32)
+    start = start + np.uint32((digest + 668265263 * (key.group * 64 + key.tensor)) % 2**32)
     start ^= start >> 15
     block = np.lib.stride_tricks.sliding_window_view(_table(tensor.width, tensor.dtype, seed), tensor.width)[start % _TABLE]
     block = np.ascontiguousarray(block)
-    if tensor.dtype == "uint8":
+    if tensor.dtype == "uint8" and tensor.width > SCALE_BYTES:
         block[..., -1] = _SCALE_UPPER
     return block
 
@@ -68,16 +73,44 @@ def _table(width: int, dtype: str, seed: int) -> np.ndarray:
     return values if dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _prompt_digest(prompt: tuple[int, ...]) -> int:
-    return zlib.crc32(np.asarray(prompt, np.int64).tobytes())
+def prompt_digest(ids: Sequence[int], digest: int = 0) -> int:
+    """What stands for a sequence of token ids; it goes on from the digest of the ids before."""
+    return zlib.crc32(np.asarray(ids, np.int64).tobytes(), digest)
 
 
-def first_token(prompt: tuple[int, ...], vocab_size: int) -> Token:
-    """The token that a profiled engine draws after a prompt: any, but always the same."""
-    return Token(_prompt_digest(prompt) % vocab_size, 0.0)
+def digest_token(digest: int, vocab_size: int, with_logits: bool = False) -> Token:
+    """The token that follows the ids of this digest: any, but always the same. Logits are 1 at it and 0 elsewhere."""
+    token = digest % vocab_size
+    return Token(token, 0.0, np.eye(1, vocab_size, token, np.float32)[0] if with_logits else None)
 
 
-def _deliver(sink: Sink, event: Event) -> None:
+def first_token(prompt: Sequence[int], vocab_size: int) -> Token:
+    """The token that a profiled engine draws after a prompt."""
+    return digest_token(prompt_digest(prompt), vocab_size)
+
+
+def segment_keys(
+    spec: CacheSpec, job: Job, tokens: tuple[int, int], shards: int = 1, layers_per_segment: int | None = None
+) -> Iterator[SegmentKey]:
+    """Keys of what leaves once a job's `tokens` are computed: of every tensor, layer range and head slice, the part that stays.
+
+    A window's tokens leave when they are among the prompt's last ones, states with the prompt's last token. The two last arguments are
+    as for `ProfiledPrefillEngine`.
+    """
+    for g, group in enumerate(spec.groups):
+        kept = kept_part(group.cache, tokens, len(job.prompt), job.held_tokens)
+        if kept is None:
+            continue
+        for t, tensor in enumerate(group.cache.tensors):
+            slices = min(shards, tensor.heads)
+            edges = [s * tensor.heads // slices for s in range(slices + 1)]
+            step = layers_per_segment
+            for layers in layer_blocks(group, t) if step is None else aligned_blocks((0, len(group.layers)), step):
+                for heads in itertools.pairwise(edges):
+                    yield SegmentKey(g, t, layers, kept, heads)
+
+
+def deliver(sink: Sink, event: Event) -> None:
     """Hands out a job's last event; a sink that raises must not take the engine thread with it."""
     try:
         sink(event)
@@ -88,8 +121,7 @@ def _deliver(sink: Sink, event: Event) -> None:
 class ProfiledPrefillEngine:
     """`PrefillEngine` of one worker thread: one prompt after the other, chunk by chunk, each taking the time that it is told.
 
-    Events of a chunk: SegmentReady of every tensor, layer range and head slice that stays, then PrefillProgress. A window's tokens leave
-    when they are among the prompt's last ones, states with the last chunk.
+    Events of a chunk: SegmentReady of each of its `segment_keys`, then PrefillProgress.
     """
 
     def __init__(
@@ -202,9 +234,9 @@ class ProfiledPrefillEngine:
             with self._changed:
                 self._running = None
                 self._cancelled.discard(job.ticket)
-            _deliver(sink, end)
+            deliver(sink, end)
         for job, sink, _ in waiting:
-            _deliver(sink, Failed(EngineFailed(f"engine closed before job {job.ticket} began")))
+            deliver(sink, Failed(EngineFailed(f"engine closed before job {job.ticket} began")))
 
     def _prefill(self, job: Job, sink: Sink, submitted: float) -> Event:
         """Runs one job; its last event."""
@@ -212,20 +244,19 @@ class ProfiledPrefillEngine:
             return end
         started = time.monotonic()
         sink(Admitted())
-        spec = job.codec.wire_spec(self.spec)
+        wire, digest = job.codec.wire_spec(self.spec), prompt_digest(job.prompt)
         for tokens in aligned_blocks((0, len(job.prompt)), self._chunk):
             if end := self._interrupted(job, started + self._seconds(tokens[1])):
                 return end
             computed = time.monotonic()
-            for key in self._keys(tokens, job):
-                block = profiled_block(spec, key, job.prompt, self._seed)
-                sink(SegmentReady(Segment(key, block.data)))
+            for key in segment_keys(self.spec, job, tokens, self._shards, self._layers):
+                sink(SegmentReady(Segment(key, digest_block(wire, key, digest, self._seed).data)))
                 if end := self._interrupted(job, 0.0):
                     return end
             with self._changed:
                 self._tokens_prefilled += tokens[1] - tokens[0]
             sink(PrefillProgress(tokens[1]))
-        return PrefillDone(first_token(job.prompt, self._vocab_size), started - submitted, computed - started)
+        return PrefillDone(digest_token(digest, self._vocab_size), started - submitted, computed - started)
 
     def _interrupted(self, job: Job, until: float) -> Event | None:
         """Waits until a time of the monotonic clock; the job's last event when it was cancelled or the engine closed meanwhile."""
@@ -242,7 +273,7 @@ class ProfiledPrefillEngine:
                         return None
                     self._changed.wait(left)
             for sink in dropped:
-                _deliver(sink, Finished("cancelled"))
+                deliver(sink, Finished("cancelled"))
 
     def _drop_cancelled(self) -> list[Sink]:
         """Takes cancelled jobs out of the queue, so that they need not wait for their turn to end."""
@@ -250,17 +281,3 @@ class ProfiledPrefillEngine:
         self._waiting = deque(entry for entry in self._waiting if entry[0].ticket not in self._cancelled)
         self._cancelled -= {job.ticket for job, _ in dropped}
         return [sink for _, sink in dropped]
-
-    def _keys(self, tokens: tuple[int, int], job: Job) -> list[SegmentKey]:
-        keys = []
-        for g, group in enumerate(self.spec.groups):
-            kept = kept_part(group.cache, tokens, len(job.prompt), job.held_tokens)
-            if kept is None:
-                continue
-            for t, tensor in enumerate(group.cache.tensors):
-                slices = min(self._shards, tensor.heads)
-                edges = [s * tensor.heads // slices for s in range(slices + 1)]
-                step = self._layers
-                blocks = layer_blocks(group, t) if step is None else aligned_blocks((0, len(group.layers)), step)
-                keys += [SegmentKey(g, t, layers, kept, heads) for layers in blocks for heads in itertools.pairwise(edges)]
-        return keys
