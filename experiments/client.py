@@ -1,7 +1,7 @@
 """Sends one prompt to a router or decode server, streams the answer, prints what it cost.
 
     python -m experiments.client --address=127.0.0.1:7000 --prompt="What is a KV cache?" --max_new_tokens=64
-    python -m experiments.client --address=127.0.0.1:7000 --prompt_tokens=ids.json --temperature=0.7 --seed=3
+    python -m experiments.client --address=127.0.0.1:7000 --prompt_tokens=ids.json --temperature=0.7 --seed=3 --trace=trace.json
 
 Text goes out as a chat message of the user, or as it is with --nochat. The last line of stdout is one JSON object: text, tokens, usage.
 """
@@ -20,6 +20,7 @@ from prfaas_jax.results import headline
 from prfaas_jax.serving.process import run_main
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.report import usage_dict, usage_table
+from prfaas_jax.serving.trace import Traced, write_requests
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
 from prfaas_jax.transfer.endpoint import parse_address
 from prfaas_jax.transfer.security import Security, open_channel
@@ -43,6 +44,7 @@ STOP_TOKEN_IDS = flags.DEFINE_multi_integer("stop_token_id", [], "end after this
 IGNORE_EOS = flags.DEFINE_boolean("ignore_eos", False, "go on after the model's own end tokens")
 PREFILL = flags.DEFINE_string("prefill", None, "decode server only: prefill at this prefill server; a router decides itself")
 FALLBACK = flags.DEFINE_boolean("allow_fallback", True, "when a remote prefill fails: prefill in the decode server, and say so")
+TRACE = flags.DEFINE_string("trace", None, "file for the request's timeline across both sites, which ui.perfetto.dev opens")
 TIMEOUT_S = flags.DEFINE_float("timeout_s", 300.0, "deadline of the request", lower_bound=0.001)
 
 ERROR_EXIT = 1
@@ -95,6 +97,8 @@ def main(argv: list[str]) -> None:
     """One call; tokens to stdout as they come."""
     del argv
     parse_address("address", ADDRESS.value)
+    if TRACE.value is not None and not pathlib.Path(TRACE.value).parent.is_dir():
+        raise InvalidInput("trace", TRACE.value, "a file in a folder that exists")
     security = dataclass_flags.read(Security)
     request = _request()
     text, tokens, usage = "", [], generation_pb2.Usage()
@@ -113,6 +117,8 @@ def main(argv: list[str]) -> None:
             sys.exit(ERROR_EXIT)
     if not text:
         print(json.dumps(tokens), end="")
+    if TRACE.value is not None:
+        write_requests(pathlib.Path(TRACE.value), [Traced("request", usage)])
     print(f"\n\n{usage_table(usage)}\n")
     headline({"text": text, "tokens": tokens, "usage": usage_dict(usage)})
 

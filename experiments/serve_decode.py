@@ -2,8 +2,8 @@
 
     python -m experiments.serve_decode --checkpoint=DIR [--mesh=data:1,model:1] [--address=127.0.0.1:7002]
 
-Prints `READY {"address", "fingerprint"}` once it serves. SIGTERM drains it: NOT_SERVING at once, running requests are finished within
---grace_s, exit 0. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or --insecure.
+Prints `READY {"address", "metrics_address", "fingerprint"}` once it serves. SIGTERM drains it: NOT_SERVING at once, running requests
+are finished within --grace_s, exit 0. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or --insecure.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
 async def _serve(server: DecodeServer) -> None:
     def describe() -> dict[str, Any]:
-        return {"address": server.address, "fingerprint": server.fingerprint}
+        return {"address": server.address, "metrics_address": server.metrics_address, "fingerprint": server.fingerprint}
 
     await serve(server, describe, GRACE_S.value)
 

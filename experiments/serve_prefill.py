@@ -2,8 +2,8 @@
 
     python -m experiments.serve_prefill --checkpoint=DIR [--mesh=data:1,model:2] [--address=127.0.0.1:7001] [--advertise_lane=HOST:PORT]
 
-Prints `READY {"address", "lane_addresses", "fingerprint"}` once it serves. SIGTERM drains it: NOT_SERVING at once, running work is finished
-within --grace_s, exit 0. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or --insecure.
+Prints `READY {"address", "lane_addresses", "metrics_address", "fingerprint"}` once it serves. SIGTERM drains it: NOT_SERVING at once,
+running work is finished within --grace_s, exit 0. Other than loopback addresses take TLS (--tls_ca, --tls_cert, --tls_key), or --insecure.
 """
 
 import asyncio
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
 
 async def _serve(server: PrefillServer) -> None:
     def describe() -> dict[str, Any]:
-        return {"address": server.address, "lane_addresses": server.lane_addresses, "fingerprint": server.fingerprint}
+        where = {"address": server.address, "lane_addresses": server.lane_addresses, "metrics_address": server.metrics_address}
+        return {**where, "fingerprint": server.fingerprint}
 
     await serve(server, describe, GRACE_S.value)
 

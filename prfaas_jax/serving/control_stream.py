@@ -1,6 +1,7 @@
 """The reading end of a Prefill call, which survives the connection that it runs over."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,16 @@ _MAX_REATTACHED = 8
 
 
 class ControlStream:
-    """One Prefill call. `read` goes on, over a connection of its own, where the server still knows the ticket."""
+    """One Prefill call. `read` goes on, over a connection of its own, where the server still knows the ticket.
+
+    Attributes:
+        sent: when the call began, in monotonic seconds.
+    """
 
     def __init__(self, peers: PrefillPeers, address: str, request: prefill_pb2.PrefillRequest, time_left: Callable[[], float]):
         """`time_left` are the seconds until the request's deadline, now."""
         self._security, self._address, self._request, self._time_left = peers.security, address, request, time_left
+        self.sent = time.monotonic()
         self._call = peers.stub(address).Prefill(request, timeout=time_left())
         self._channels: list[Any] = []
         self._reattached = 0

@@ -34,6 +34,8 @@ class Bar(NamedTuple):
 def bars(spans: Sequence[Mapping[str, Any]]) -> list[Bar]:
     """Bars of a usage's spans ({"name", "start_s", "end_s"}); the chunks of a prefill share one row and keep their token range.
 
+    Those of the link are left out: the decode server's own bar, "transfer", covers them.
+
     Raises InvalidInput for a span that ends before it starts.
     """
     found = []
@@ -41,6 +43,8 @@ def bars(spans: Sequence[Mapping[str, Any]]) -> list[Bar]:
         name, start, end = span["name"], float(span["start_s"]), float(span["end_s"])
         if end < start:
             raise InvalidInput(f"span {name}", (start, end), "an end that is not before its start")
+        if span.get("site") == "link":
+            continue
         chunk = _CHUNK.fullmatch(name)
         found.append(Bar("prefill", start, end, chunk[1]) if chunk else Bar(name, start, end, ""))
     return found

@@ -1,13 +1,13 @@
 """What a run leaves on disk: a row per request as it finishes, use of pools and links over time, a timeline for Perfetto."""
 
 import csv
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.topology import GBPS
+from prfaas_jax.simulation.chrome_trace import US, write_trace
 from prfaas_jax.simulation.job import Job
 from prfaas_jax.simulation.records import Samples
 from prfaas_jax.simulation.simulator import Simulation
@@ -109,20 +109,15 @@ class Timeline:
         ):
             if end > start:
                 common = {"name": name, "cat": "request", "id": job.id, "pid": process, "tid": name}
-                self._events.append({**common, "ph": "b", "ts": start * 1e6, "args": about})
-                self._events.append({**common, "ph": "e", "ts": end * 1e6})
+                self._events.append({**common, "ph": "b", "ts": start * US, "args": about})
+                self._events.append({**common, "ph": "e", "ts": end * US})
 
     def write(self, path: Path, usage: Usage) -> None:
-        """Writes the trace; processes get numbers and names as the format wants them."""
+        """Writes the trace."""
         counters = [
-            {"name": name, "ph": "C", "ts": row["time_s"] * 1e6, "pid": "use", "args": {"value": value}}
+            {"name": name, "ph": "C", "ts": row["time_s"] * US, "pid": "use", "args": {"value": value}}
             for row in usage.samples.rows
             for name, value in row.items()
             if name != "time_s"
         ]
-        numbers: dict[str, int] = {}
-        events = [{**event, "pid": numbers.setdefault(event["pid"], len(numbers) + 1)} for event in (*self._events, *counters)]
-        names = [{"name": "process_name", "ph": "M", "pid": number, "args": {"name": name}} for name, number in numbers.items()]
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps({"traceEvents": [*names, *events]}))
-        os.replace(partial, path)
+        write_trace(path, [*self._events, *counters])

@@ -74,7 +74,7 @@ def test_the_trace_pairs_begins_with_ends_and_names_its_processes(recorded):
             open_spans.remove(key)
     assert not open_spans
     assert {e["id"] for e in events if e["ph"] == "b"} == set(range(50))
-    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"prfaas", "pd", "use"}
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"prfaas", "pd", "use"}
 
 
 def test_a_table_that_fails_leaves_nothing(tmp_path):
