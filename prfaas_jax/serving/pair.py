@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, Final
 
 import grpc
 import numpy as np
@@ -20,6 +21,8 @@ from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
 from prfaas_jax.transfer.security import open_channel
 
 READY_S = 600.0
+# On one machine a peer that answers late is busy (compiling, most often), not gone.
+PATIENCE: Final[dict[str, str]] = {PING_TIMEOUT_ENV: "20"}
 
 # Longer than one program of a hybrid takes to compile on a busy CPU: servers started without warm-up compile when first asked.
 _IDLE_S = 120.0
@@ -84,12 +87,10 @@ def _read(call: grpc.Call) -> tuple[Completion, generation_pb2.Usage]:
     return completion, usage
 
 
-def launch_server(processes: Processes, name: str, role: str, options: EngineOptions) -> Process:
-    """Starts a "prefill" or "decode" server on a free loopback port, without waiting for it."""
-    # On one machine a peer that answers late is busy (compiling, most often), not gone.
-    env = environment() | {PING_TIMEOUT_ENV: "20"}
-    flags = dataclasses.asdict(options) | ({"idle_s": _IDLE_S} if role == "decode" else {})
-    return processes.launch(name, module_command(f"experiments.serve_{role}", flags), env)
+def launch_server(processes: Processes, name: str, role: str, options: EngineOptions, **server: Any) -> Process:
+    """Starts a "prefill" or "decode" server on a free loopback port, without waiting for it; `server` are fields of its own options."""
+    flags = dataclasses.asdict(options) | ({"idle_s": _IDLE_S} if role == "decode" else {}) | server
+    return processes.launch(name, module_command(f"experiments.serve_{role}", flags), environment() | PATIENCE)
 
 
 class Pair:

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from prfaas_jax.engine.api import SamplingParams
 from prfaas_jax.engine.options import EngineOptions
-from prfaas_jax.serving.launcher import Processes, environment, module_command
+from prfaas_jax.serving.launcher import Processes
 from prfaas_jax.serving.pair import READY_S, generate, launch_server
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, prefill_pb2_grpc
 from prfaas_jax.testing.relay import Relay
-from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS, PING_TIMEOUT_ENV
+from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
 from prfaas_jax.transfer.security import open_channel
 
 _TIMEOUT_S = 600.0
@@ -75,9 +75,7 @@ class OverlapBench:
         with contextlib.ExitStack() as stack:
             self._lane = stack.enter_context(Relay(_PORT_TO_COME, rtt_ms=self._rtt_ms))
             processes = stack.enter_context(Processes(self._log_dir))
-            flags = dataclasses.asdict(self._prefill) | {"advertise_lane": self._lane.address}
-            env = environment() | {PING_TIMEOUT_ENV: "20"}
-            prefill = processes.launch("prefill", module_command("experiments.serve_prefill", flags), env)
+            prefill = launch_server(processes, "prefill", "prefill", self._prefill, advertise_lane=self._lane.address)
             decode = launch_server(processes, "decode", "decode", self._decode)
             for process in (prefill, decode):
                 process.wait_ready(READY_S)

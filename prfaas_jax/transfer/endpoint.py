@@ -14,6 +14,20 @@ def parse_address(field: str, text: str, *, allow_zero: bool = False) -> tuple[s
     return host, int(port)
 
 
+def parse_advertised(field: str, text: str) -> dict[str, tuple[str, int]]:
+    """Where peers reach something, by who they are: "host:port" for all of them, "site=host:port" for those of a site, joined by commas.
+
+    Returns (host, port) by site, "" being all others; raises InvalidInput naming `field` for a malformed part or a site that comes twice.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    for part in text.split(","):
+        site, _, address = part.rpartition("=")
+        if site in found:
+            raise InvalidInput(field, text, "one host:port, and one site=host:port for each site")
+        found[site] = parse_address(field, address)
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a host, as `parse_address` returns it."""
     if host == "localhost":

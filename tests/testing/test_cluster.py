@@ -17,7 +17,8 @@ from prfaas_jax.serving.pair import GenerateFailed
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.testing import demo
 from prfaas_jax.testing.certificates import CertificateOptions, make_certificates
-from prfaas_jax.testing.cluster import Cluster, ClusterOptions, LinkTrace, phase
+from prfaas_jax.testing.cluster import Cluster, ClusterOptions, LinkTrace
+from prfaas_jax.testing.live_cluster import phase
 
 ENGINE = EngineOptions("random:qwen3_toy", dtype="float32", chunk=64, max_length=256, max_rows=8, max_prefill_rows=1, page_size=16)
 
@@ -38,7 +39,7 @@ def ask(address: str, length: int) -> generation_pb2.Usage:
 def test_long_prompts_cross_the_link_and_short_ones_do_not(tmp_path):
     before = children()
     with Cluster(ClusterOptions(ENGINE, ENGINE, threshold_tokens=100, rtt_ms=4.0), tmp_path) as cluster:
-        assert cluster.startup() == "prefill: ready, decode: ready, router: ready"
+        assert cluster.startup() == "far/0: ready, home/decode/0: ready, router: ready"
         with LinkTrace(cluster.lane) as trace:
             assert ask(cluster.address, 100).placement == "local"
             assert trace.passed < 1000
@@ -70,7 +71,7 @@ def test_a_server_that_does_not_start_ends_all_and_says_why(tmp_path):
     before = children()  # a pool of processes that another test used leaves its resource tracker running
     bad = EngineOptions("random:no_such_model", max_length=256)
     cluster = Cluster(ClusterOptions(ENGINE, bad, threshold_tokens=100), tmp_path)
-    with pytest.raises(LaunchFailed, match=r"(?s)decode ended with code 2.*no_such_model"), cluster:
+    with pytest.raises(LaunchFailed, match=r"(?s)home/decode/0 ended with code 2.*no_such_model"), cluster:
         pass
     assert children() <= before
 
