@@ -68,6 +68,19 @@ def build_runner(options: EngineOptions, random_config: RandomConfig | None = No
     return runner, loaded
 
 
+def build_pd(options: EngineOptions, random_config: RandomConfig | None = None) -> tuple[PrefillWorker, DecodeWorker, Loaded]:
+    """Both engines over one set of weights, each with pools of its own, so that the process can take either role at any time."""
+    runner, loaded = build_runner(options, random_config)
+    other = Runner(loaded.config, options, loaded.params, loaded.fingerprint)
+    if options.warmup:
+        runner.warmup(prefill=True, decode=False, ingest=False)
+        other.warmup(prefill=True, decode=True, ingest=True)
+    prefill, decode = PrefillWorker(runner), DecodeWorker(other)
+    prefill.start()
+    decode.start()
+    return prefill, decode, loaded
+
+
 def build_prefill(options: EngineOptions, random_config: RandomConfig | None = None) -> tuple[PrefillWorker, Loaded]:
     """A prefill engine, compiled and started."""
     runner, loaded = build_runner(options, random_config)

@@ -2,27 +2,32 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
+
 from prfaas_jax.engine import api
-from prfaas_jax.errors import InvalidInput
+from prfaas_jax.errors import InvalidInput, PrfaasError
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.codec_policy import CodecPolicy
 from prfaas_jax.serving.front import DeadlinePassed, FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Generation, Progress, Site, Write
 from prfaas_jax.serving.held import HeldRequests
+from prfaas_jax.serving.joining import JoinOptions, Membership
 from prfaas_jax.serving.peers import PrefillPeers
-from prfaas_jax.serving.proto import common_pb2, generation_pb2
+from prfaas_jax.serving.proto import generation_pb2
 from prfaas_jax.serving.text import TextCodec
 from prfaas_jax.transfer.child import MAX_PROCESSES
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeServerOptions(FrontOptions):
+class DecodeServerOptions(JoinOptions, FrontOptions):
     """What a decode server bounds, besides the options of every front; the engine's own queue is bounded by its own options.
 
     Attributes:
+        site: where this server is, as prefill servers know it that are reached at other addresses from there (see their advertise_lane).
         idle_s: a remote prefill without any sign of life for so long has failed.
         lanes: connections to each prefill server's lane port; more of them fill a link with a long round trip sooner.
         receiver_processes: processes of its own that lanes end in, for links that one interpreter cannot empty; 0: they end in this one.
@@ -36,6 +41,7 @@ class DecodeServerOptions(FrontOptions):
         max_unread_bytes: tokens and logits of one request that wait for its client to read; one that lags further is cut.
     """
 
+    site: str = ""
     idle_s: float = 5.0
     lanes: int = 2
     receiver_processes: int = 0
@@ -46,7 +52,8 @@ class DecodeServerOptions(FrontOptions):
     max_unread_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        JoinOptions.__post_init__(self)
+        FrontOptions.__post_init__(self)
         for field in ("idle_s", "detach_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
@@ -58,17 +65,25 @@ class DecodeServerOptions(FrontOptions):
 class DecodeServer(GenerationFront):
     """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
 
-    def __init__(self, engine: api.DecodeEngine, tokenizer: TextCodec | None, options: DecodeServerOptions, eos_ids: tuple[int, ...] = ()):
-        """`eos_ids` stop every generation that does not ask to ignore them."""
+    def __init__(
+        self,
+        engine: api.DecodeEngine,
+        tokenizer: TextCodec | None,
+        options: DecodeServerOptions,
+        eos_ids: tuple[int, ...] = (),
+        convert: Callable[[str], None] | None = None,
+    ):
+        """`eos_ids` stop every generation that does not ask to ignore them; `convert` has an instance take a role, where any can."""
         super().__init__(options)
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._convert = engine, tokenizer, convert
         # Each request waits in two threads at most: for the last byte of its cache, and for its lanes to end.
         self._executor = ThreadPoolExecutor(2 * options.max_requests, thread_name_prefix="decode-server")
         self._peers = PrefillPeers(options, options.lanes, options.receiver_processes)
         self._held = HeldRequests(options.detach_s)
+        self._membership = Membership(options, "decode", options)
         limits = (options.idle_s, options.max_staging_bytes, options.max_unread_bytes)
         codecs = CodecPolicy(options.codec, options.allow_lossy)
-        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs, self._bulletin.accepted)
+        self._site = Site(engine, tokenizer, eos_ids, self._peers, self._executor, *limits, codecs, self._bulletin.accepted, options.site)
 
     @property
     def fingerprint(self) -> str:
@@ -83,9 +98,11 @@ class DecodeServer(GenerationFront):
         except BaseException:
             await self._peers.close()
             raise
+        self._membership.start(self.address)
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
+        await self._membership.stop()
         await super().stop(grace_s)
         await self._held.close()
         await self._peers.close()
@@ -96,11 +113,23 @@ class DecodeServer(GenerationFront):
         self._held.cancel(request.request_id)
         return generation_pb2.CancelReply()
 
+    async def Convert(self, request: generation_pb2.ConvertRequest, context: Any) -> generation_pb2.ConvertReply:
+        """See generation.proto."""
+        if self._convert is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the instances of this server have one role")
+        assert self._convert is not None  # abort raises
+        try:
+            await asyncio.to_thread(self._convert, request.to)
+        except PrfaasError as error:
+            await context.abort(messages.code_of(error), str(error))
+        self._bulletin.changed()
+        return generation_pb2.ConvertReply()
+
     def _status(self) -> generation_pb2.GenerationStatus:
         status = super()._status()
         engine = self._engine.status()
         status.engine.CopyFrom(messages.status_to_proto(engine))
-        status.standby = not engine.decode_slots
+        status.standby = self._standby or not engine.decode_slots
         status.model_fingerprint = self._engine.fingerprint
         status.cache_fingerprint = self._engine.spec.fingerprint()
         status.links.extend(self._peers.links())

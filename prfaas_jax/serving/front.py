@@ -17,6 +17,7 @@ from prfaas_jax.serving.bulletin import Bulletin
 from prfaas_jax.serving.control_plane import ControlPlane
 from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.held import RequestCancelled, TakenOver, UnknownRequest
+from prfaas_jax.serving.metrics import GenerationMetrics
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
 from prfaas_jax.serving.usage import InvalidRun
@@ -39,6 +40,7 @@ class FrontOptions(Security):
 
     Attributes:
         address: host:port; port 0 takes any free one.
+        metrics_address: host:port where Prometheus finds /metrics, over HTTP or, with TLS, HTTPS; port 0 takes any free one, empty is none.
         max_requests: Generate calls served at once; more are refused.
         max_request_s: deadline of a request whose client set none, and the longest that any may take.
         deadline_margin_s: how long before the client's deadline a request is given up, so that the error that says why still arrives.
@@ -48,10 +50,13 @@ class FrontOptions(Security):
     max_requests: int = 128
     max_request_s: float = 600.0
     deadline_margin_s: float = 0.05
+    metrics_address: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_listen("address", self.address, self)
+        if self.metrics_address:
+            check_listen("metrics_address", self.metrics_address, self)
         for field in ("max_requests", "max_request_s", "deadline_margin_s"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
@@ -60,11 +65,13 @@ class FrontOptions(Security):
 class GenerationFront(generation_pb2_grpc.GenerationServicer):
     """Base of DecodeServer and Router, which give `_generate`."""
 
-    def __init__(self, options: FrontOptions):
+    def __init__(self, options: FrontOptions, metrics: type[GenerationMetrics] = GenerationMetrics):
         self._front = options
         self._plane = ControlPlane(options.address, SERVICE, options, FRONT_SERVER_OPTIONS)
         self._bulletin = Bulletin(self._status)
+        self._metrics = metrics(self._status, options.metrics_address, options)
         self._boot = uuid.uuid4().hex
+        self._standby = False
         self._streams = 0
         self._request_s = 0.0
         self._fallbacks = 0
@@ -76,16 +83,40 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         """host:port as bound."""
         return self._plane.address
 
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the metrics as bound; empty without any."""
+        return self._metrics.address
+
     async def start(self) -> None:
         """Binds and serves; raises InvalidInput naming an address that cannot be bound."""
-        self._plane.bind(lambda server: generation_pb2_grpc.add_GenerationServicer_to_server(self, server))
+        await self._metrics.start()
+        try:
+            self._plane.bind(self._add)
+        except InvalidInput:
+            await self._metrics.stop()
+            raise
         await self._plane.start()
+
+    def _add(self, server: Any) -> None:
+        generation_pb2_grpc.add_GenerationServicer_to_server(self, server)
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
         self._plane.draining = True
         self._bulletin.changed()
-        await self._plane.stop(grace_s, lambda: self._streams)
+        await self._plane.stop(grace_s, lambda: self.busy)
+        await self._metrics.stop()
+
+    def stand_by(self, standby: bool) -> None:
+        """Takes no new requests from now on, or takes them again; what is here is finished."""
+        self._standby = standby
+        self._bulletin.changed()
+
+    @property
+    def busy(self) -> int:
+        """Requests that are not done."""
+        return self._streams
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> None:
         """See generation.proto."""
@@ -105,6 +136,7 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
                 except BaseException:
                     self._served -= counted
                     raise
+                self._metrics.observe(usage)
         except TimeoutError:
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed during {progress.phase}")
         except RemotePrefillFailed as error:
@@ -144,9 +176,9 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
-        """A request is being served, while the block runs; raises ShuttingDown or Exhausted."""
-        if self._plane.draining:
-            raise ShuttingDown("this server is shutting down")
+        """A request is being served, while the block runs; raises NotServing or Exhausted."""
+        if self._plane.draining or self._standby:
+            raise NotServing("this server is shutting down" if self._plane.draining else "this server stands by: it has another role")
         if self._streams >= self._front.max_requests:
             raise Exhausted(f"{self._streams} requests are being served (max_requests={self._front.max_requests})")
         began = time.monotonic()
@@ -188,8 +220,8 @@ class DeadlinePassed(PrfaasError):
     """A request took longer than it may; maps to DEADLINE_EXCEEDED."""
 
 
-class ShuttingDown(PrfaasError):
-    """The server drains and takes nothing new; maps to UNAVAILABLE."""
+class NotServing(PrfaasError):
+    """The server drains, or has another role, and takes nothing new; maps to UNAVAILABLE."""
 
 
 def status_of(error: PrfaasError) -> grpc.StatusCode:

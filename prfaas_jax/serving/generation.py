@@ -40,6 +40,7 @@ class Site:
     max_unread_bytes: int
     codecs: CodecPolicy
     accepted: Callable[[str], None]
+    site: str
 
 
 @dataclasses.dataclass
@@ -142,6 +143,7 @@ class Generation:
             max_staging_bytes=self._site.max_staging_bytes,
             prefix=self._held_tokens,
             compressed=self._travel.compressed,
+            site=self._site.site,
             account=self._request.placement.account,
         )
         try:
@@ -163,7 +165,7 @@ class Generation:
         assert timeline.verified is not None
         self.marks.prefilled = timeline.verified
         self._counters = result.counters
-        self._spans += progress_spans(self.marks, timeline.accepted, timeline.progress)
+        self._spans += result.site.spans(self.marks.arrived, len(job.prompt), result.queue_s, result.prefill_s)
         self._spans += span("transfer", self.marks, timeline.first_block, timeline.last_block)
         self._progress.phase = "admit"
         self._site.engine.commit(job.ticket, result.first)
@@ -318,6 +320,7 @@ class Generation:
             ttft_s=placement.route_s + marks.first - marks.arrived,
             itl_s=self._itl,
             spans=spans,
+            clock_error_s=remote.site.clock.error_s if remote and remote.site.clock else 0.0,
         )
 
 

@@ -18,9 +18,11 @@ from prfaas_jax.serving import messages
 from prfaas_jax.serving.bulletin import Bulletin
 from prfaas_jax.serving.control_plane import ControlPlane
 from prfaas_jax.serving.events import EventQueue
+from prfaas_jax.serving.joining import JoinOptions, Membership
+from prfaas_jax.serving.metrics import PrefillMetrics
 from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.child import MAX_PROCESSES
-from prfaas_jax.transfer.endpoint import parse_address
+from prfaas_jax.transfer.endpoint import parse_advertised
 from prfaas_jax.transfer.lane import LaneServer
 from prfaas_jax.transfer.outbox import Outbox, StaleEpoch, Ticket, UnknownTicket
 from prfaas_jax.transfer.security import Security, check_listen
@@ -35,7 +37,7 @@ _KNOWN_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillServerOptions(Security):
+class PrefillServerOptions(JoinOptions, Security):
     """Where a prefill server listens, who may connect, and what it bounds.
 
     Attributes:
@@ -44,7 +46,7 @@ class PrefillServerOptions(Security):
         sender_processes: processes of its own that KV leaves through, for links that one interpreter cannot fill; 0: it leaves through this
             one. Each listens on a port: `lane_address`'s and those after it, or free ones where that is 0.
         advertise_lane: what peers are told to fetch from instead of `lane_address`, e.g. a relay or a public name; with several sender
-            processes, its port and those after it.
+            processes, its port and those after it. With site=host:port, joined by commas, peers of that site are told another one.
         staging_bytes: KV computed and not yet fetched, all requests together; beyond it prompts are refused.
         max_requests: control streams served at once; the engine's own queue is bounded by its own options.
         max_streams: lane streams served at once.
@@ -53,6 +55,7 @@ class PrefillServerOptions(Security):
         detach_s: a prompt whose control stream broke is computed for so long without one, so that its caller can come back to it.
         message_kib: largest message of KV.
         pace_gbps: KV leaves no faster than this, all readers together; None leaves the pace to TCP.
+        metrics_address: host:port where Prometheus finds /metrics, over HTTP or, with TLS, HTTPS; port 0 takes any free one, empty is none.
     """
 
     address: str = "127.0.0.1:0"
@@ -67,13 +70,17 @@ class PrefillServerOptions(Security):
     detach_s: float = 1.0
     message_kib: int = 2048
     pace_gbps: float | None = None
+    metrics_address: str = ""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        JoinOptions.__post_init__(self)
+        Security.__post_init__(self)
         check_listen("address", self.address, self)
         check_listen("lane_address", self.lane_address, self)
+        if self.metrics_address:
+            check_listen("metrics_address", self.metrics_address, self)
         if self.advertise_lane is not None:
-            parse_address("advertise_lane", self.advertise_lane)
+            parse_advertised("advertise_lane", self.advertise_lane)
         for field in ("staging_bytes", "max_requests", "max_streams", "lease_s", "heartbeat_s", "detach_s", "message_kib"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
@@ -122,7 +129,10 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         self._outbox, self._lanes = _outbox(engine.spec, options)
         self._plane = ControlPlane(options.address, SERVICE, options)
         self._bulletin = Bulletin(self._status)
+        self._metrics = PrefillMetrics(self._status, options.metrics_address, options)
+        self._membership = Membership(options, "prefill", options)
         self._boot = uuid.uuid4().hex
+        self._standby = False
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -130,6 +140,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
     def address(self) -> str:
         """host:port of the control plane, as bound."""
         return self._plane.address
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the metrics as bound; empty without any."""
+        return self._metrics.address
 
     @property
     def fingerprint(self) -> str:
@@ -142,33 +157,39 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         return self._lanes.addresses
 
     async def start(self) -> None:
-        """Binds both ports and serves; raises InvalidInput naming an address that cannot be bound."""
+        """Binds its ports and serves; raises InvalidInput naming an address that cannot be bound."""
         await asyncio.to_thread(self._lanes.start)
         try:
+            await self._metrics.start()
             self._plane.bind(lambda server: prefill_pb2_grpc.add_PrefillServicer_to_server(self, server))
         except InvalidInput:
+            await self._metrics.stop()
             await asyncio.to_thread(self._lanes.stop, 0)
             raise
         await self._plane.start()
+        self._membership.start(self.address)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
         self._plane.draining = True
         self._bulletin.changed()
-        # A ticket outlives its control stream until its KV has been fetched.
-        await self._plane.stop(grace_s, lambda: self._attached or len(self._outbox.tickets))
+        await self._membership.stop()
+        await self._plane.stop(grace_s, lambda: self.busy)
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
         await asyncio.to_thread(self._lanes.stop, 0)
+        await self._metrics.stop()
 
     # --- the service ---------------------------------------------------------------------------------------------------------
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> None:
         """See prefill.proto."""
-        if self._plane.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this prefill server is shutting down")
+        received = time.monotonic()
+        if self._plane.draining or (self._standby and not request.resume_ticket):
+            why = "is shutting down" if self._plane.draining else "stands by: its instance has another role"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"this prefill server {why}")
         try:
             stream = self._find(request) if request.resume_ticket else self._open(request)
         except UnknownTicket as error:
@@ -187,7 +208,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
                 await context.abort(messages.code_of(error), str(error))
             except TimeoutError:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"a sender process has said nothing for {_KNOWN_S} s")
-            await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream, lanes)))
+            await context.write(prefill_pb2.PrefillEvent(accepted=self._accepted(stream, lanes, received, request.site)))
             if not stream.last_words:
                 await self._relay(stream, context)
             for words in stream.last_words:
@@ -245,8 +266,18 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             draining=self._plane.draining,
             codecs=self._engine.codecs,
             boot=self._boot,
-            standby=not status.instances,
+            standby=self._standby or not status.instances,
         )
+
+    def stand_by(self, standby: bool) -> None:
+        """Takes no new prompts from now on, or takes them again; what is here is finished."""
+        self._standby = standby
+        self._bulletin.changed()
+
+    @property
+    def busy(self) -> int:
+        """Prompts that are not done. A ticket outlives its control stream until its KV has been fetched."""
+        return max(self._attached, len(self._outbox.tickets))
 
     @property
     def _attached(self) -> int:
@@ -291,17 +322,21 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             raise UnknownTicket(f"ticket {request.resume_ticket.hex()} of epoch {request.resume_epoch} is not served here, or not any more")
         return stream
 
-    def _accepted(self, stream: _Stream, lanes: dict[int, str]) -> prefill_pb2.Accepted:
+    def _accepted(self, stream: _Stream, lanes: dict[int, str], received: float, site: str) -> prefill_pb2.Accepted:
         epoch, job = stream.ticket.epoch, stream.job
         if self._options.advertise_lane is not None:
-            host, port = parse_address("advertise_lane", self._options.advertise_lane)
-            lanes = {index: f"{host}:{port + index}" for index in lanes}
+            told = parse_advertised("advertise_lane", self._options.advertise_lane)
+            if (place := told.get(site, told.get(""))) is not None:
+                lanes = {index: f"{place[0]}:{place[1] + index}" for index in lanes}
         return prefill_pb2.Accepted(
             ticket=stream.ticket.id,
             epoch=epoch,
             manifest=messages.manifest(self._engine.spec, len(job.prompt), job.held_tokens, job.codec),
             codec=str(job.codec),
             lanes=[prefill_pb2.Lane(address=lane, epoch=epoch) for lane in lanes.values()],
+            received_s=received,
+            submitted_s=stream.submitted,
+            sent_s=time.monotonic(),
         )
 
     def _on_event(self, stream: _Stream, event: api.Event) -> None:
@@ -326,14 +361,14 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
 
     async def _relay(self, stream: _Stream, context: Any) -> None:
         """Engine events to the control stream, until there are last words or it has failed."""
-        tokens = 0
+        tokens, at = 0, stream.submitted
         while not stream.last_words:
             # Nothing said for a heartbeat: repeat the last progress, which also tells the peer that somebody is there.
             item: api.Event | tuple[SegmentKey, float] = api.PrefillProgress(tokens)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.heartbeat_s):
                     try:
-                        item, _ = await stream.events.get()
+                        item, at = await stream.events.get()
                     except Exhausted as overflow:
                         item = api.Failed(overflow)
             match item:
@@ -341,7 +376,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
                     await context.write(prefill_pb2.PrefillEvent(segment_ready=messages.key_to_proto(key, ready_s)))
                 case api.PrefillProgress(tokens):
                     self._outbox.extend(stream.ticket)
-                    await context.write(prefill_pb2.PrefillEvent(progress=prefill_pb2.Progress(tokens=tokens)))
+                    await context.write(prefill_pb2.PrefillEvent(progress=prefill_pb2.Progress(tokens=tokens, at_s=at - stream.submitted)))
                 case api.PrefillDone(first, queue_s, compute_s):
                     token = prefill_pb2.FirstToken(token=messages.token_to_proto(first))
                     done = prefill_pb2.Done(segments=stream.segments, bytes=stream.bytes, queue_s=queue_s, prefill_s=compute_s)

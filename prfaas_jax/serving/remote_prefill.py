@@ -16,8 +16,10 @@ from prfaas_jax.engine import api
 from prfaas_jax.errors import InvalidInput, PeerMismatch, PrfaasError, TransferError
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.serving import messages
+from prfaas_jax.serving.clock import clock_offset
 from prfaas_jax.serving.control_stream import ControlStream
 from prfaas_jax.serving.peers import PrefillPeers
+from prfaas_jax.serving.prefill_site import PrefillSite
 from prfaas_jax.serving.proto import prefill_pb2
 from prfaas_jax.transfer.counters import Counters
 from prfaas_jax.transfer.link import LinkEstimate
@@ -68,7 +70,6 @@ class Timeline:
     first_block: float | None = None
     last_block: float | None = None
     verified: float | None = None
-    progress: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ class RemoteResult:
         queue_s: the prompt waited there, by that engine's clock.
         prefill_s: and was computed.
         timeline: of the attempt that succeeded.
+        site: what the prefill server did meanwhile, by its own account.
         link: as measured when the transfer ended.
         exposed_bound_s: the least that the transfer could add to queue and prefill on that link; None when its rate is not known.
     """
@@ -92,6 +94,7 @@ class RemoteResult:
     queue_s: float
     prefill_s: float
     timeline: Timeline
+    site: PrefillSite
     link: LinkEstimate
     exposed_bound_s: float | None
 
@@ -121,18 +124,19 @@ class RemotePrefill:
         prefix: int = 0,
         compressed: bool = False,
         account: str = "",
+        site: str = "",
     ):
         """`job` holds reserved pages in `engine`; `deadline` is in monotonic seconds; `executor` has two threads to wait in.
 
         `addresses` are tried in turn. Of the prompt, `prefix` tokens are in the engine's pages already. The cache travels as the job's
         codec says, and, with `compressed`, in compressed messages where that saves bytes. `idle_s` without a control message, a byte or a
-        scatter ends an attempt.
+        scatter ends an attempt. `site` is where this side is.
         """
         self._engine, self._job, self._addresses, self._peers, self._executor = engine, job, addresses, peers, executor
         self._deadline, self._idle_s, self._max_staging_bytes = deadline, idle_s, max_staging_bytes
         self._prefix, self._compressed = prefix, compressed
         self._wire_spec = job.codec.wire_spec(engine.spec)
-        self._account = account
+        self._account, self._at = account, site
         self._puller: Puller | None = None
         self.resumes, self.recomputed = 0, 0
         self.failures: list[RemotePrefillFailed] = []
@@ -145,6 +149,7 @@ class RemotePrefill:
         self._received = 0  # computed there, as blocks show
         self._first: api.Token | None = None
         self._done: prefill_pb2.Done | None = None
+        self._site = PrefillSite()
         self._ready: list[tuple[float, int]] = []  # when segments were handed out there, and their bytes
         self.timeline = Timeline(time.monotonic())
 
@@ -202,14 +207,16 @@ class RemotePrefill:
             decode_has_tokens=self._prefix,
             codecs=[str(self._job.codec)],
             request_id=self._account,
+            site=self._at,
         )
 
     async def _accept(self, control: ControlStream) -> prefill_pb2.Accepted:
         async with asyncio.timeout(self._idle_s):
             event = await control.read()
         accepted = self._expect(event, "accepted")
-        self.timeline.accepted = time.monotonic()
+        self.timeline.accepted = got = time.monotonic()
         self._phase = "prefill"
+        self._site.accepted(clock_offset(control.sent, accepted.received_s, accepted.sent_s, got), accepted.submitted_s)
         control.accepted(accepted.ticket, accepted.epoch)
         if accepted.codec != str(self._job.codec):
             raise PeerMismatch("codec", str(self._job.codec), accepted.codec)
@@ -294,11 +301,12 @@ class RemotePrefill:
             case "progress":
                 if event.progress.tokens > self._tokens:
                     self._tokens = event.progress.tokens
-                    self.timeline.progress.append((self._tokens, time.monotonic()))
+                    self._site.progressed(self._tokens, event.progress.at_s)
             case "segment_ready":
                 key = messages.key_from_proto(event.segment_ready)
                 key.check(self._wire_spec, len(self._job.prompt), self._prefix)
                 self._ready.append((event.segment_ready.ready_s, key.nbytes(self._wire_spec)))
+                self._site.handed_out(key.tokens[1], event.segment_ready.ready_s)
             case "first_token":
                 self._first = messages.token_from_proto(event.first_token.token)
             case "done":
@@ -327,6 +335,7 @@ class RemotePrefill:
             self._phase = "transfer"
         self.timeline.last_block = now
         self._received = max(self._received, key.tokens[1])
+        self._site.arrived(key.tokens[1], now)
         self._engine.ingest(self._job.ticket, key, block, done)
 
     def _result(self, counters: Counters, accepted: prefill_pb2.Accepted) -> RemoteResult:
@@ -343,7 +352,7 @@ class RemotePrefill:
             raise TransferError(f"the prefill reports {done.queue_s:.3f} + {done.prefill_s:.3f} s, but only {elapsed:.3f} s have passed")
         estimate = self._peers.link(self._address) or LinkEstimate()
         bound_s = exposed_bound_s(self._ready, done.queue_s + done.prefill_s, estimate.bytes_per_s) if estimate.bytes_per_s else None
-        return RemoteResult(self._address, first, counters, done.queue_s, done.prefill_s, self.timeline, estimate, bound_s)
+        return RemoteResult(self._address, first, counters, done.queue_s, done.prefill_s, self.timeline, self._site, estimate, bound_s)
 
     def _failed(self, code: grpc.StatusCode, why: str) -> RemotePrefillFailed:
         return RemotePrefillFailed(self._phase, self._address, code, why, max(self._tokens, self._received))

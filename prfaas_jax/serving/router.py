@@ -1,150 +1,299 @@
-"""The router: one policy decides where each request's prompt is prefilled; its decode server is told, and is held to it."""
+"""The router: a policy decides where each request is prefilled and decoded, its decode server is told, and is held to it.
+
+One request: `Router._generate` -> `Dispatcher.decide` (policy, then servers) -> `_forward` (the decode server's stream to the client); when
+a decode server is lost, once more from `decide`, without repeating a token.
+"""
 
 import asyncio
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prfaas_jax.errors import InvalidInput
-from prfaas_jax.scheduling.view import Placement, Policy, Request, Servers
-from prfaas_jax.serving.backends import Backends
-from prfaas_jax.serving.front import FrontOptions, GenerationFront
+import grpc
+from absl import logging
+
+from prfaas_jax.errors import InvalidInput, PrfaasError
+from prfaas_jax.scheduling.controllers import Controller, Convert
+from prfaas_jax.scheduling.view import NoDecodeServer, Policy
+from prfaas_jax.serving import messages
+from prfaas_jax.serving.deployment import ClusterServers, Deployment
+from prfaas_jax.serving.dispatcher import Dispatch, Dispatcher, Rollout
+from prfaas_jax.serving.fleet import FleetOptions
+from prfaas_jax.serving.front import FAILED_PREFILL, FrontOptions, GenerationFront
 from prfaas_jax.serving.generation import Progress, Write
-from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
+from prfaas_jax.serving.held import RequestCancelled
+from prfaas_jax.serving.metrics import RouterMetrics
+from prfaas_jax.serving.proto import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
+from prfaas_jax.serving.tenancy import Tenancy
 from prfaas_jax.serving.text import TextCodec, encode_prompt
 from prfaas_jax.serving.usage import InvalidRun
 
-# Servers that a request may be moved to; each costs it the time that the one before took to fail.
-_MAX_ALTERNATIVES = 2
+# What another decode server may do better. CANCELLED: a server that ends cuts what its grace did not suffice for.
+_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+_CANCEL_S, _CONVERT_S = 2.0, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterOptions(FrontOptions):
+class RouterOptions(FleetOptions, FrontOptions):
     """What stands behind a router, besides the options of every front.
 
     Attributes:
-        decode: addresses of decode servers, comma separated; at least one.
-        prefill: addresses of prefill servers, comma separated; may be empty.
-        poll_s: how often each server is asked for its status; one that does not answer within twice that, or a second, is unhealthy.
+        decode: addresses of decode servers, comma separated, each a region of its own; for a larger system there are deployments.
+        prefill: addresses of prefill servers, comma separated, each a cluster of its own; may be empty.
+        max_attempts: decode servers that a request is sent to, one after the other, while they fail.
+        park_s: a request that no decode server can take waits so long for one.
     """
 
     decode: str = ""
     prefill: str = ""
-    poll_s: float = 0.5
+    max_attempts: int = 3
+    park_s: float = 2.0
+    max_requests: int = 1024
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.poll_s > 0:
-            raise InvalidInput("poll_s", self.poll_s, "a positive number")
+        FleetOptions.__post_init__(self)
+        FrontOptions.__post_init__(self)
+        if self.max_attempts < 1:
+            raise InvalidInput("max_attempts", self.max_attempts, "an integer >= 1")
+        if not self.park_s >= 0:
+            raise InvalidInput("park_s", self.park_s, "seconds >= 0")
 
 
-class Router(GenerationFront):
-    """Serves Generate by forwarding it. `start` and `stop` run on the event loop that serves."""
+class DecodeServerLost(PrfaasError):
+    """The fleet has given a decode server up while it had a request."""
 
-    def __init__(self, policy: Policy, tokenizer: TextCodec | None, options: RouterOptions):
+
+class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
+    """Serves Generate by forwarding it, and Fleet for servers that come and go. `start` and `stop` run on the event loop that serves."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: TextCodec | None,
+        options: RouterOptions,
+        clusters: Sequence[ClusterServers] | None = None,
+        deployment: Deployment | None = None,
+        controller: Controller | None = None,
+    ):
         """With a tokenizer, text is turned into token ids here, once; without one, prompts must come as token ids.
 
-        Raises InvalidInput for malformed or repeated addresses, or no decode server.
+        `clusters` are the servers of a larger system, instead of the options' lists; `deployment` says how they are linked, what they can
+        do and for whom. Raises InvalidInput for malformed or repeated addresses, or no decode server.
         """
-        super().__init__(options)
-        self._policy, self._tokenizer, self._margin_s = policy, tokenizer, options.deadline_margin_s
-        self._backends = Backends(_addresses(options.prefill), _addresses(options.decode), options.poll_s, options)
+        super().__init__(options, RouterMetrics)
+        metrics = self._metrics
+        assert isinstance(metrics, RouterMetrics)
+        self._tokenizer, self._options = tokenizer, options
+        self._tenancy = Tenancy(deployment.tenants if deployment else {})
+        self._dispatcher = Dispatcher(
+            policy,
+            controller,
+            clusters if clusters is not None else _clusters(options),
+            deployment,
+            options,
+            options,
+            self._tenancy,
+            Rollout.of(deployment),
+            self._convert,
+            metrics.decided,
+        )
+        self._running: dict[str, Dispatch | None] = {}  # by the ids that clients gave; None while it is placed
+        self._cancelled: set[str] = set()
 
     async def start(self) -> None:
         """Asks every server once, binds and serves; raises InvalidInput naming an address that cannot be bound."""
-        await self._backends.start()
+        await self._dispatcher.start()
         try:
             await super().start()
         except BaseException:
-            await self._backends.stop()
+            await self._dispatcher.stop()
             raise
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
         await super().stop(grace_s)
-        await self._backends.stop()
+        await self._dispatcher.stop()
 
-    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
-        """See generation.proto."""
-        status = await super().Status(request, context)
+    def _add(self, server: Any) -> None:
+        super()._add(server)
+        fleet_pb2_grpc.add_FleetServicer_to_server(self, server)
+
+    def _status(self) -> generation_pb2.GenerationStatus:
+        status = super()._status()
         status.has_tokenizer = self._tokenizer is not None
-        status.backends.extend(self._backends.report())
+        self._dispatcher.report(status)
         return status
+
+    async def Join(self, request: fleet_pb2.JoinRequest, context: Any) -> fleet_pb2.JoinReply:
+        """See fleet.proto."""
+        try:
+            self._dispatcher.fleet.join(request.cluster, request.role, request.address)
+        except InvalidInput as error:
+            await context.abort(messages.code_of(error), str(error))
+        return fleet_pb2.JoinReply()
+
+    async def Leave(self, request: fleet_pb2.LeaveRequest, context: Any) -> fleet_pb2.LeaveReply:
+        """See fleet.proto."""
+        self._dispatcher.fleet.leave(request.address)
+        return fleet_pb2.LeaveReply()
+
+    async def Cancel(self, request: generation_pb2.CancelRequest, context: Any) -> generation_pb2.CancelReply:
+        """See generation.proto."""
+        dispatch = self._running.get(request.request_id)
+        if request.request_id in self._running:
+            self._cancelled.add(request.request_id)
+        servers = [dispatch.decode] if dispatch is not None else [s for s in self._dispatcher.fleet if s.role == "decode"]
+        stubs: list[Any] = [generation_pb2_grpc.GenerationStub(server.channel) for server in servers]
+        await asyncio.gather(*(stub.Cancel(request, timeout=_CANCEL_S) for stub in stubs), return_exceptions=True)
+        return generation_pb2.CancelReply()
+
+    async def _convert(self, action: Convert) -> bool:
+        """Tells one server of the region; whichever can."""
+        for server in self._dispatcher.fleet.of(action.region, "decode"):
+            stub: Any = generation_pb2_grpc.GenerationStub(server.channel)
+            try:
+                await stub.Convert(generation_pb2.ConvertRequest(to=action.to), timeout=_CONVERT_S)
+            except grpc.RpcError as error:
+                logging.info("%s does not convert an instance: %s: %s", server.address, error.code().name, error.details())
+                continue
+            return True
+        return False
+
+    # --- one request -----------------------------------------------------------------------------------------------------------
 
     async def _generate(
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
     ) -> generation_pb2.Usage:
-        placement = await self._place(request, arrived)
-        progress.phase = f"generation by {placement.decode}"
-        usage = await self._forward(request, placement, write, deadline)
-        self._check(placement, request.placement.alternatives, usage)
+        if request.WhichOneof("prompt") != "token_ids":
+            # Not on the event loop: a long text takes a while, and other requests' tokens are waiting.
+            prompt = await asyncio.to_thread(encode_prompt, request, self._tokenizer)
+            request.token_ids.ids[:] = prompt
+        if not request.token_ids.ids:
+            raise InvalidInput("prompt", (), "at least one token id")
+        with self._tenancy.running(request.tenant):
+            try:
+                usage = await self._until_done(request, write, arrived, deadline, progress)
+            finally:
+                self._running.pop(request.request_id, None)
+                self._cancelled.discard(request.request_id)
         self._fallbacks += usage.fallbacks
         return usage
 
-    def _label(self, usage: generation_pb2.Usage) -> str:
-        # Reasons of one kind differ in their numbers only: "threshold: 700 > 512 tokens".
-        return f"{usage.placement}: {usage.reason.partition(':')[0]}"
+    async def _until_done(
+        self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
+    ) -> generation_pb2.Usage:
+        """Sends the request to one decode server after the other, until one has done it."""
+        full: dict[str, grpc.RpcError] = {}  # what servers without room said
+        for attempt in range(1, self._options.max_attempts + 1):
+            dispatch = self._dispatcher.attach(request) if request.held_by else None
+            if dispatch is None:
+                progress.phase = "placement"
+                dispatch = await self._place(request, full, deadline)
+                request.placement.route_s = time.monotonic() - arrived
+            if request.request_id:
+                if request.request_id in self._cancelled:
+                    raise RequestCancelled(f"request {request.request_id} was cancelled")
+                self._running[request.request_id] = dispatch
+                await write(dispatch.placed(attempt))
+            progress.phase = f"generation by {dispatch.decode.address}"
+            try:
+                usage = await self._forward(request, dispatch, write, deadline)
+            except DecodeServerLost as error:
+                if attempt == self._options.max_attempts:
+                    raise
+                logging.warning("placing a request again: %s", error)
+            except grpc.RpcError as error:
+                if not self._worth_another(error, dispatch, request, attempt):
+                    raise
+                logging.warning("placing a request again: %s: %s", error.code().name, error.details())
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    full[dispatch.decode.address] = error
+            else:
+                usage.attempts = attempt
+                return usage
+            request.held_by = ""
+            if request.request_id:
+                self._running[request.request_id] = None
+        raise AssertionError("the last attempt returns or raises")
 
-    # --- one request -----------------------------------------------------------------------------------------------------------
+    async def _place(self, request: generation_pb2.GenerateRequest, full: Mapping[str, grpc.RpcError], deadline: float) -> Dispatch:
+        """Decides; where no decode server can take the request now it waits a little for one. All `full`: what the last one said."""
+        until = min(deadline, time.monotonic() + self._options.park_s)
+        while True:
+            news = self._dispatcher.news()
+            try:
+                return self._dispatcher.decide(request, full)
+            except NoDecodeServer:
+                if full:
+                    raise [*full.values()][-1] from None
+                if time.monotonic() >= until:
+                    raise
+            try:
+                async with asyncio.timeout_at(until):
+                    await news.wait()
+            except TimeoutError:
+                continue  # the last look
 
-    async def _place(self, request: generation_pb2.GenerateRequest, arrived: float) -> Placement:
-        """Decides, and rewrites `request` in place: token ids, placement, and how long it all took."""
-        # Not on the event loop: a long text takes a while, and other requests' tokens are waiting.
-        prompt = await asyncio.to_thread(encode_prompt, request, self._tokenizer)
-        if not prompt:
-            raise InvalidInput("prompt", (), "at least one token id")
-        view = self._backends.view()
-        placement = self._policy.place(Request(len(prompt), max(1, request.max_new_tokens)), view, time.monotonic())
-        if request.WhichOneof("prompt") != "token_ids":
-            request.token_ids.ids[:] = prompt
-        request.placement.prefill_address = placement.prefill or ""
-        request.placement.reason = placement.reason
-        request.placement.alternatives[:] = _alternatives(view.prefill, placement.prefill)
-        request.placement.route_s = time.monotonic() - arrived
-        return placement
+    def _worth_another(self, error: grpc.RpcError, dispatch: Dispatch, request: generation_pb2.GenerateRequest, attempt: int) -> bool:
+        """Whether another decode server may do what this one did not; notes whose fault it was."""
+        code = error.code()
+        if failed := dict(error.trailing_metadata() or ()).get(FAILED_PREFILL):
+            dispatch.failed(str(failed), code.name)  # and no fallback was allowed
+            return False
+        if dispatch.attached and code is grpc.StatusCode.NOT_FOUND:
+            return True
+        if request.request_id in self._cancelled:
+            return False
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self._dispatcher.fleet.suspect(dispatch.decode, f"{code.name}: {error.details()}")
+        return code in _ELSEWHERE and attempt < self._options.max_attempts
 
     async def _forward(
-        self, request: generation_pb2.GenerateRequest, placement: Placement, write: Write, deadline: float
+        self, request: generation_pb2.GenerateRequest, dispatch: Dispatch, write: Write, deadline: float
     ) -> generation_pb2.Usage:
-        """Streams the decode server's tokens to the client and returns its usage; cancelling this cancels the call to it."""
-        used = [self._backends.get("decode", placement.decode)]
-        if placement.prefill is not None:
-            used.append(self._backends.get("prefill", placement.prefill))
-        stub: Any = generation_pb2_grpc.GenerationStub(used[0].channel)
-        call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._margin_s))
-        for backend in used:
-            backend.forwarded += 1
+        """Streams the decode server's tokens to the client and returns its usage; cancelling this cancels the call to it.
+
+        What the client has is counted in `request.tokens_received`, for the next attempt.
+        """
+        server = dispatch.decode
+        stub: Any = generation_pb2_grpc.GenerationStub(server.channel)
+        call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._options.deadline_margin_s))
         usage: generation_pb2.Usage | None = None
+        server.calls.add(call)
+        dispatch.begin()
         try:
             async for event in call:  # to its end: cancelled behind the usage, it would count as failed there
                 if event.WhichOneof("event") == "usage":
                     usage = event.usage
-                else:
-                    await write(event)
+                    continue
+                dispatch.first_token()
+                await write(event)
+                request.tokens_received += event.token.HasField("token")
             if usage is None:
-                raise InvalidRun(f"decode server {placement.decode} ended the stream without usage")
+                raise InvalidRun(f"decode server {server.address} ended the stream without usage")
+            dispatch.account(usage)
             return usage
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in server.calls and task is not None and not task.cancelling():
+                raise DecodeServerLost(f"decode server {server.address} is lost: {server.why}") from None
+            raise
         finally:
             call.cancel()
-            for backend in used:
-                backend.forwarded -= 1
+            server.calls.discard(call)
+            dispatch.end()
 
-    def _check(self, placement: Placement, alternatives: Sequence[str], usage: generation_pb2.Usage) -> None:
-        """Refuses an account that is not what was decided: a fallback is said, never silent, and so is another server that went on."""
-        decided = ("remote", placement.prefill) if placement.prefill is not None else ("local", "")
-        done = (usage.placement, usage.prefill_address)
-        resumed = usage.resumes and usage.placement == "remote" and usage.prefill_address in alternatives
-        if not usage.fallbacks and not resumed and done != decided:
-            raise InvalidRun(f"INVALID: the router decided {decided}, the usage says {done} and no fallback")
+    def _label(self, usage: generation_pb2.Usage) -> str:
+        # Reasons of one kind differ in their numbers only: "threshold: 700 > 512 tokens".
+        where = "near" if usage.placement == "remote" and usage.prefill_cluster == usage.decode_cluster else usage.placement
+        return f"{where}: {usage.reason.partition(':')[0]}"
 
 
-def _alternatives(prefill: Servers, chosen: str | None) -> list[str]:
-    """Who may go on when the chosen prefill server fails: the other healthy ones, least busy first."""
-    if chosen is None:
-        return []
-    rows = [row for row in prefill.queue.argsort(kind="stable") if prefill.healthy[row] and prefill.names[row] != chosen]
-    return [prefill.names[row] for row in rows[:_MAX_ALTERNATIVES]]
+def _clusters(options: RouterOptions) -> tuple[ClusterServers, ...]:
+    """Every server a cluster of its own."""
+    prefill, decode = _addresses(options.prefill), _addresses(options.decode)
+    return (*(ClusterServers(a, "prefill", (a,)) for a in prefill), *(ClusterServers(a, "region", (), (a,)) for a in decode))
 
 
 def _addresses(text: str) -> tuple[str, ...]:

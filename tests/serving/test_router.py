@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from serving_fixtures import (
+    FINGERPRINT,
     decode_engine,
     decode_server,
     error_of,
@@ -25,6 +26,7 @@ from serving_fixtures import (
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, Threshold
 from prfaas_jax.serving.decode_server import DecodeServer
+from prfaas_jax.serving.prefill_server import PrefillServer
 from prfaas_jax.serving.router import RouterOptions
 from prfaas_jax.testing.relay import Relay
 
@@ -59,7 +61,7 @@ def test_the_policy_decides_and_the_usage_says_why(policy, length, placement):
 
 
 def test_a_dead_prefill_server_is_seen_and_prompts_stay_local():
-    with decode_server() as decode, router(AlwaysRemote(), decode.address, NOBODY, poll_s=0.1) as front:
+    with decode_server() as decode, router(AlwaysRemote(), decode.address, NOBODY, report_s=0.1) as front:
         usage = generate(front.address, request(prompt_of(50))).usage
         assert usage.placement == "local" and "0 of 1 prefill servers healthy" in usage.reason and usage.fallbacks == 0
         (dead,) = [b for b in generation_status(front.address).backends if b.role == "prefill"]
@@ -70,7 +72,7 @@ def test_a_prefill_server_that_drains_gets_nothing_and_one_that_returns_does():
     with (
         decode_server() as decode,
         prefill_server() as first,
-        router(AlwaysRemote(), decode.address, first.address, poll_s=0.1) as front,
+        router(AlwaysRemote(), decode.address, first.address, report_s=0.1) as front,
     ):
 
         def placed() -> tuple[str, int]:
@@ -85,7 +87,7 @@ def test_a_prefill_server_that_drains_gets_nothing_and_one_that_returns_does():
 
 
 def test_no_decode_server_is_unavailable():
-    with router(AlwaysLocal(), NOBODY, poll_s=0.1) as front:
+    with router(AlwaysLocal(), NOBODY, report_s=0.1) as front:
         error = error_of(front.address, request(prompt_of(5)))
         assert error.code() is grpc.StatusCode.UNAVAILABLE and NOBODY in error.details()
 
@@ -113,7 +115,29 @@ def test_a_proxy_that_prefills_elsewhere_than_decided_is_caught(monkeypatch):
         assert dict(generation_status(front.address).failed) == {"DATA_LOSS": 1}
 
 
-def test_fallbacks_are_counted_at_both_ends():
+def lying(monkeypatch) -> None:
+    """Prefill servers say in their status what the decode servers want to hear."""
+    truth = PrefillServer._status
+
+    def status(self):
+        message = truth(self)
+        message.model_fingerprint = FINGERPRINT
+        return message
+
+    monkeypatch.setattr(PrefillServer, "_status", status)
+
+
+def test_a_prefill_server_of_another_model_gets_nothing():
+    broken = prefill_engine(fingerprint="0" * 32)
+    with prefill_server(broken) as prefill, decode_server() as decode, router(AlwaysRemote(), decode.address, prefill.address) as front:
+        usage = generate(front.address, request(prompt_of(50))).usage
+        assert (usage.placement, usage.fallbacks) == ("local", 0)
+        (far,) = [b for b in generation_status(front.address).backends if b.role == "prefill"]
+        assert not far.healthy and "another model" in far.why and "0" * 32 in far.why
+
+
+def test_fallbacks_are_counted_at_both_ends(monkeypatch):
+    lying(monkeypatch)
     broken = prefill_engine(fingerprint="0" * 32)
     with prefill_server(broken) as prefill, decode_server() as decode, router(AlwaysRemote(), decode.address, prefill.address) as front:
         usage = generate(front.address, request(prompt_of(50), allow_fallback=True)).usage
@@ -145,7 +169,7 @@ def test_two_decode_servers_share_the_load():
         ({"decode": "h:1,h:1"}, "each address once"),
         ({"decode": "h:1", "prefill": "h:0"}, "prefill='h:0'"),
         ({"decode": "h:1", "address": "0.0.0.0:0"}, "--insecure"),
-        ({"decode": "h:1", "poll_s": 0.0}, "poll_s=0.0"),
+        ({"decode": "h:1", "report_s": 0.0}, "report_s=0.0"),
     ],
 )
 def test_malformed_options_are_named(options, named):

@@ -232,7 +232,7 @@ def test_logs_hold_no_prompt_and_no_token(tmp_path, ours, theirs):
     with Processes(tmp_path / "logs") as processes:
         prefill = server(processes, "prefill", **flags(ours.security("prefill")))
         decode = server(processes, "decode", **flags(ours.security("decode")))
-        there = {"decode": decode.ready["address"], "prefill": prefill.ready["address"], "poll_s": 0.2}
+        there = {"decode": decode.ready["address"], "prefill": prefill.ready["address"], "report_s": 0.2}
         command = module_command(
             "experiments.serve_router", {**there, **flags(ours.security("router")), "policy": "always_remote", "verbosity": 1}
         )

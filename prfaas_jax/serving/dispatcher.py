@@ -1,0 +1,308 @@
+"""From a request to servers: the policy names clusters, the dispatcher finds servers in them, and keeps account of what goes there."""
+
+import asyncio
+import collections
+import dataclasses
+import itertools
+import time
+import uuid
+import zlib
+from collections.abc import Awaitable, Callable, Container, Sequence
+
+from absl import logging
+
+from prfaas_jax.scheduling.controllers import Controller, Convert
+from prfaas_jax.scheduling.footprint import KvFootprint
+from prfaas_jax.scheduling.view import NoDecodeServer, Placement, Policy, Request
+from prfaas_jax.serving.breaker import Breaker, BreakerOptions
+from prfaas_jax.serving.control_loop import ControlLoop
+from prfaas_jax.serving.deployment import ClusterServers, Deployment, Scale
+from prfaas_jax.serving.fleet import Fleet, FleetOptions, Server
+from prfaas_jax.serving.live_view import LiveView
+from prfaas_jax.serving.proto import generation_pb2
+from prfaas_jax.serving.tenancy import Tenancy
+from prfaas_jax.serving.usage import InvalidRun
+from prfaas_jax.transfer.security import Security
+
+# Servers that a request may be moved to; each costs it the time that the one before took to fail.
+_MAX_ALTERNATIVES = 2
+# Failures that say something about a prefill server, or the way to it; others are the request's.
+_ITS_FAULT = frozenset({"UNAVAILABLE", "INTERNAL", "ABORTED", "UNKNOWN", "FAILED_PRECONDITION", "DATA_LOSS", "CANCELLED"})
+_CONTROL_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How far the policy is trusted.
+
+    Attributes:
+        canary_share: of the requests that it would offload; the others stay in their region.
+        shadow: another policy that is asked as well, and only counted and logged; `name` is what it is called.
+    """
+
+    canary_share: float = 1.0
+    shadow: Policy | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, deployment: Deployment | None) -> "Rollout":
+        """As a deployment has it."""
+        if deployment is None:
+            return cls()
+        shadow = deployment.build_policy(deployment.shadow, deployment.shadow_parameter)[0] if deployment.shadow else None
+        return cls(deployment.canary_share, shadow, deployment.shadow)
+
+    def trusted(self, key: str) -> bool:
+        """Whether the request of this key is one of the share."""
+        return self.canary_share >= 1 or zlib.crc32(key.encode()) / 2**32 < self.canary_share
+
+
+class Dispatch:
+    """One attempt of one request: its servers, and what is booked for it while it runs.
+
+    Attributes:
+        decode: has its stream.
+        attached: it only comes back to a stream that the server holds; nothing was decided.
+    """
+
+    def __init__(
+        self,
+        dispatcher: "Dispatcher",
+        request: generation_pb2.GenerateRequest,
+        decode: Server,
+        placement: Placement | None,
+        candidates: Sequence[tuple[str, Server]],
+    ):
+        """`candidates` are the prefill servers that may have it, the chosen one first, each at the address that `decode` reaches it at."""
+        self.decode, self.attached = decode, placement is None
+        self._dispatcher, self._placement, self._candidates = dispatcher, placement, candidates
+        self._prefill = candidates[0][1] if candidates else None
+        self._account = request.placement.account
+        self._tokens = len(request.token_ids.ids)
+        self._reason, self._computing = request.placement.reason, False
+        self._known: set[str] = set()  # candidates that the account says something of
+
+    def placed(self, attempt: int) -> generation_pb2.GenerateEvent:
+        """For the client, so that it can come back."""
+        cluster = self._prefill.cluster if self._prefill is not None else ""
+        word = generation_pb2.Placed(decode_address=self.decode.address, prefill_cluster=cluster, reason=self._reason, attempt=attempt)
+        return generation_pb2.GenerateEvent(placed=word)
+
+    def begin(self) -> None:
+        """It is sent."""
+        self.decode.here += 1
+        self.decode.breaker.sent(time.monotonic())
+        if not self.attached:
+            self._computing = True
+            self._dispatcher.book(self.decode, self._prefill, self._account, self._tokens)
+
+    def first_token(self) -> None:
+        """Its prompt is computed, and the KV is where it is decoded."""
+        if self._computing:
+            self._computing = False
+            self._dispatcher.unbook(self.decode, self._prefill, self._account, self._tokens)
+
+    def end(self) -> None:
+        """It is over, one way or another; idempotent."""
+        self.first_token()
+        self.decode.here -= 1
+        self.decode.breaker.withdrawn()
+        for address, server in self._candidates[:1]:
+            if address not in self._known:
+                self._dispatcher.way(self.decode.cluster, server).withdrawn()
+        self._dispatcher.live.touch(self.decode.cluster)
+
+    def failed(self, address: str, code: str) -> None:
+        """A prefill server did not deliver."""
+        for known, server in self._candidates:
+            if known == address:
+                self._known.add(address)
+                if code in _ITS_FAULT:
+                    self._dispatcher.way(self.decode.cluster, server).failed(time.monotonic())
+                    self._dispatcher.live.unsettled()
+
+    def account(self, usage: generation_pb2.Usage) -> None:
+        """Takes the usage in: whose servers did well; and refuses one that is not what was decided.
+
+        A fallback is said, never silent, and so is another server that went on: else InvalidRun.
+        """
+        self.decode.breaker.succeeded()
+        usage.decode_address, usage.decode_cluster = self.decode.address, self.decode.cluster
+        for failure in usage.failures:
+            self.failed(failure.address, failure.code)
+        server = dict(self._candidates).get(usage.prefill_address)
+        if self._placement is None:
+            return
+        usage.prefill_cluster = server.cluster if server is not None else self.decode.cluster
+        chosen = self._candidates[0][0] if self._candidates else ""
+        decided = ("remote" if chosen else "local", chosen)
+        done = (usage.placement, usage.prefill_address)
+        resumed = usage.resumes and usage.placement == "remote" and server is not None
+        if not usage.fallbacks and not resumed and done != decided:
+            raise InvalidRun(f"INVALID: the router decided {decided}, the usage says {done} and no fallback")
+        if server is not None:
+            self._known.add(usage.prefill_address)
+            self._dispatcher.way(self.decode.cluster, server).succeeded()
+
+
+class Dispatcher:
+    """Decides for requests. On the router's event loop.
+
+    Attributes:
+        fleet: the servers.
+        live: what policies see of them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        controller: Controller | None,
+        clusters: Sequence[ClusterServers],
+        deployment: Deployment | None,
+        options: FleetOptions,
+        security: Security,
+        tenancy: Tenancy,
+        rollout: Rollout,
+        convert: Callable[[Convert], Awaitable[bool]],
+        decided: Callable[[float, str], None],
+    ):
+        """`decided` is told how many seconds each decision took, and its reason.
+
+        Raises InvalidInput for malformed or repeated addresses, or no decode server.
+        """
+        topology = deployment.topology if deployment is not None else None
+        scale = deployment.scale if deployment is not None else Scale()
+        self.fleet = Fleet(clusters, options, security, self._changed)
+        links = deployment.links if deployment is not None else None
+        self.live = LiveView(clusters, links, topology, scale, self.fleet)
+        self._kv: KvFootprint | None = topology.kv if topology is not None else None
+        control_s = deployment.sim.control_s if deployment is not None else _CONTROL_S
+        self._control = ControlLoop(policy, controller, self.live, control_s / scale.time, convert)
+        self._breakers: BreakerOptions = options
+        self._tenancy, self._rollout, self._decided = tenancy, rollout, decided
+        self._decisions: collections.Counter[str] = collections.Counter()
+        self._accounts = (f"{uuid.uuid4().hex[:12]}-{i}" for i in itertools.count())
+        self._news, self._turns = asyncio.Event(), 0
+
+    async def start(self) -> None:
+        """Hears of every server, then watches."""
+        await self.fleet.start()
+        self._control.start()
+
+    async def stop(self) -> None:
+        """Ends all of it."""
+        await self._control.stop()
+        await self.fleet.stop()
+
+    def news(self) -> asyncio.Event:
+        """Set as soon as some server comes to take work, or ceases to."""
+        if self._news.is_set():
+            self._news = asyncio.Event()
+        return self._news
+
+    def _changed(self, cluster: str) -> None:
+        self.live.touch(cluster)
+        if self.fleet.turns != self._turns:
+            self._turns = self.fleet.turns
+            self._news.set()
+
+    def report(self, status: generation_pb2.GenerationStatus) -> None:
+        """Adds servers and decisions."""
+        status.backends.extend(self.fleet.report(time.monotonic()))
+        status.decisions.update(self._decisions)
+
+    # --- deciding --------------------------------------------------------------------------------------------------------------
+
+    def decide(self, request: generation_pb2.GenerateRequest, full: Container[str] = ()) -> Dispatch:
+        """Places the request, and writes into it what its decode server has to know; `full` are decode servers that have no room.
+
+        Raises NoDecodeServer, and InvalidInput where the policy breaks a tenant's residency.
+        """
+        began = time.perf_counter()
+        live, now = self.live, self.live.now
+        asked = Request(len(request.token_ids.ids), max(1, request.max_new_tokens))
+        view = self._tenancy.view(request.tenant, live.at(now))
+        placement = self._control.place(asked, view, now)
+        account = request.placement.account = next(self._accounts)
+        if self._rollout.shadow is not None:
+            other = self._rollout.shadow.place(asked, view, now)
+            self._decisions[f"shadow {_kind(other)}"] += 1
+            logging.info("shadow %s: %s to %s, where %s", self._rollout.name, account, other.prefill or other.decode, placement.reason)
+        if placement.prefill is not None and not self._rollout.trusted(request.request_id or account):
+            placement = Placement(None, placement.decode, f"canary: stays; {placement.reason}")
+        self._tenancy.check(request.tenant, placement)
+        decode = live.decode_server(placement.decode, full)
+        if decode is None:
+            raise NoDecodeServer(f"no decode server of {placement.decode} takes requests now")
+        candidates = self._candidates(placement, bool(self._tenancy.of(request.tenant).regions))
+        if placement.prefill is not None and (not candidates or candidates[0][1].cluster != placement.prefill):
+            # The policy cannot know everything, such as which clusters have a route to the region.
+            instead = candidates[0][1].cluster if candidates and candidates[0][1].cluster != decode.cluster else None
+            reason = f"{placement.reason}, but {f'on {instead}' if instead else 'local'}: no open way to {placement.prefill}"
+            placement = placement._replace(prefill=instead, reason=reason)
+        self._decisions[_kind(placement)] += 1
+        message = request.placement
+        message.prefill_address = candidates[0][0] if candidates else ""
+        message.alternatives[:] = [address for address, _ in candidates[1:]]
+        message.prefill_cluster = candidates[0][1].cluster if candidates else decode.cluster
+        message.decode_cluster, message.reason = decode.cluster, placement.reason
+        self._decided(time.perf_counter() - began, placement.reason)
+        return Dispatch(self, request, decode, placement, candidates)
+
+    def attach(self, request: generation_pb2.GenerateRequest) -> Dispatch | None:
+        """To the decode server that a client says has its request; None where that is gone."""
+        server = self.fleet.get("decode", request.held_by)
+        if server is None or not server.up:
+            return None
+        return Dispatch(self, request, server, None, ())
+
+    def _candidates(self, placement: Placement, resident: bool) -> list[tuple[str, Server]]:
+        """Who may prefill it, the chosen one first, then who may go on when that fails; none: the decode server itself."""
+        region = placement.decode
+        chosen = placement.prefill or region
+        clusters = [chosen] if placement.prefill is None or resident else [chosen, *self._others(chosen, region), region]
+        found = [(cluster, s) for cluster in clusters for s in self.live.open_servers(cluster, region)]
+        if placement.prefill is None:
+            found = [(cluster, s) for cluster, s in found if cluster == region]
+        return [(self.fleet.clusters[cluster].seen_from(region, s.address), s) for cluster, s in found[: 1 + _MAX_ALTERNATIVES]]
+
+    def _others(self, chosen: str, region: str) -> list[str]:
+        """Other prefill clusters with a route to the region, least busy first."""
+        view = self.live.at(self.live.now)
+        names = [view.prefill.names[i] for i in view.prefill.queue.argsort(kind="stable")]
+        return [name for name in names if name != chosen and self.live.route(name, region)]
+
+    # --- accounts --------------------------------------------------------------------------------------------------------------
+
+    def way(self, region: str, server: Server) -> Breaker:
+        """The breaker between a region and a prefill server."""
+        return self.live.breakers.setdefault((region, server.address), Breaker(self._breakers))
+
+    def book(self, decode: Server, prefill: Server | None, account: str, tokens: int) -> None:
+        """Prefill work that no report counts yet, and KV that is to come."""
+        worker = prefill or decode
+        worker.sent[account] = self.live.work_s(worker.cluster, tokens)
+        if prefill is not None:
+            prefill.here += 1
+            self.way(decode.cluster, prefill).sent(time.monotonic())
+            if prefill.cluster != decode.cluster:
+                self.live.placed(prefill.cluster, decode.cluster, self._bytes(tokens))
+        self.live.touch(worker.cluster)
+        self.live.touch(decode.cluster)
+
+    def unbook(self, decode: Server, prefill: Server | None, account: str, tokens: int) -> None:
+        """The other way round."""
+        worker = prefill or decode
+        worker.sent.pop(account, None)
+        if prefill is not None:
+            prefill.here -= 1
+            if prefill.cluster != decode.cluster:
+                self.live.arrived(prefill.cluster, decode.cluster, self._bytes(tokens))
+        self.live.touch(worker.cluster)
+
+    def _bytes(self, tokens: int) -> float:
+        return self._kv.bytes(tokens) if self._kv is not None else 0.0
+
+
+def _kind(placement: Placement) -> str:
+    return f"{'remote' if placement.prefill is not None else 'local'}: {placement.reason.partition(':')[0]}"
