@@ -9,6 +9,7 @@ wall seconds, the process was with what its instances did. Every process of a cl
 """
 
 import asyncio
+import time
 from typing import Any
 
 from absl import flags
@@ -109,13 +110,19 @@ class _Servers:
 
     async def start(self) -> None:
         """Binds and serves."""
-        for server in self._all:
-            await server.start()
+        await self.prefill.start()
+        if self.decode is not None:
+            try:
+                await self.decode.start()
+            except BaseException:
+                await self.prefill.stop(0)
+                raise
 
     async def stop(self, grace_s: float) -> None:
-        """Decode first: its requests may still want prompts computed."""
+        """Decode first, whose requests may still want prompts computed; one grace for both."""
+        deadline = time.monotonic() + grace_s
         for server in reversed(self._all):
-            await server.stop(grace_s)
+            await server.stop(max(0.0, deadline - time.monotonic()))
 
 
 async def _serve(cluster: ProfiledCluster, prefill: PrefillServerOptions, decode: DecodeServerOptions, byte_scale: float) -> None:

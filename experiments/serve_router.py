@@ -61,7 +61,9 @@ async def _serve_deployment(options: RouterOptions) -> None:
     deployment = load_deployment(CONFIG.value if DEPLOYMENT.value is None else _read_json(DEPLOYMENT.value))
     policy, controller = deployment.build_policy(deployment.policy, deployment.parameter)
     # What the file says, and flags that were given say better.
-    options = dataclasses.replace(options, **{name: x for name, x in deployment.router.items() if not flags.FLAGS[name].present})
+    metrics = {"metrics_address": "127.0.0.1:0"} if deployment.metrics else {}
+    told = dataclasses.asdict(deployment.security) | metrics | dict(deployment.router)
+    options = dataclasses.replace(options, **{name: value for name, value in told.items() if not flags.FLAGS[name].present})
     tokenizer, servers = _tokenizer(TOKENIZER.value or deployment.tokenizer), read_servers(SERVERS.value)
     await _serve(Router(policy, tokenizer, options, servers, deployment, controller), deployment.policy)
 

@@ -52,10 +52,15 @@ class Breaker:
             return True
         return now >= self._open_until and (self._trying_until is None or now >= self._trying_until)
 
-    def sent(self, now: float) -> None:
-        """A request goes there; while half-open it is the one that tries. One that never reports back frees the place after a while."""
-        if self._open_until is not None:
-            self._trying_until = now + self._options.breaker_most_open_s
+    def sent(self, now: float) -> bool:
+        """A request goes there; whether it is the one that tries, which is to be withdrawn if it says nothing.
+
+        One that never reports back frees the place after a while.
+        """
+        if self._open_until is None:
+            return False
+        self._trying_until = now + self._options.breaker_most_open_s
+        return True
 
     def succeeded(self) -> None:
         """A request that went there went well."""

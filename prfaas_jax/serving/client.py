@@ -31,6 +31,7 @@ class Answer:
         tokens: ids, in order, each once.
         text: what they say, where the server has a tokenizer.
         usage: the account; None until the end.
+        events: that said so, at least one a token.
         placed: who had the request, one after the other.
         returns: connections that broke, after which it came back.
         first_s: monotonic second of the first token, None before; `last_s` of the last one.
@@ -39,6 +40,7 @@ class Answer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
     usage: generation_pb2.Usage | None = None
+    events: int = 0
     placed: list[generation_pb2.Placed] = dataclasses.field(default_factory=list)
     returns: int = 0
     first_s: float | None = None
@@ -110,7 +112,7 @@ class Client:
                     call.cancel()
                 attempt += 1
                 answer.returns += 1
-                message.tokens_received = len(answer.tokens)
+                message.events_received = answer.events
                 message.held_by = answer.placed[-1].decode_address if answer.placed else ""
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S[1])
@@ -132,6 +134,7 @@ def _take(answer: Answer, out: generation_pb2.TokenOut) -> None:
     answer.last_s = time.monotonic()
     answer.first_s = answer.first_s or answer.last_s
     answer.text += out.text
+    answer.events += 1
     if out.HasField("token"):
         answer.tokens.append(out.token.id)
 

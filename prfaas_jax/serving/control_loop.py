@@ -49,10 +49,12 @@ class ControlLoop:
 
     def place(self, request: Request, view: ClusterView, now: float) -> Placement:
         """By the policy of the moment; raises NoDecodeServer."""
-        placement = self.policy.place(request, view, now)
+        return self.policy.place(request, view, now)
+
+    def placed(self, request: Request, placement: Placement, now: float) -> None:
+        """A request is on its way there, for the first time."""
         if self._controller is not None:
             self._controller.observe(request, placement, now)
-        return placement
 
     async def _run(self, controller: Controller) -> None:
         while True:
@@ -65,7 +67,10 @@ class ControlLoop:
                 logging.exception("the controller failed; policy %s goes on", type(self.policy).__name__)
                 continue
             for action in actions:
-                await self._act(action)
+                try:
+                    await self._act(action)
+                except Exception:
+                    logging.exception("the router could not carry out %s", action)
 
     async def _act(self, action: Action) -> None:
         match action:

@@ -54,6 +54,7 @@ class DecodeServerOptions(JoinOptions, FrontOptions):
     def __post_init__(self) -> None:
         JoinOptions.__post_init__(self)
         FrontOptions.__post_init__(self)
+        self.check_reachable(self.address)
         for field in ("idle_s", "detach_s", "lanes", "max_staging_bytes", "max_unread_bytes"):
             if not getattr(self, field) > 0:
                 raise InvalidInput(field, getattr(self, field), "a positive number")
@@ -102,8 +103,7 @@ class DecodeServer(GenerationFront):
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
-        await self._membership.stop()
-        await super().stop(grace_s)
+        await asyncio.gather(super().stop(grace_s), self._membership.stop())
         await self._held.close()
         await self._peers.close()
         await asyncio.to_thread(self._executor.shutdown)
@@ -141,7 +141,7 @@ class DecodeServer(GenerationFront):
     ) -> generation_pb2.Usage:
         """A request with an id runs by itself, and calls attend it."""
         if not request.request_id:
-            return await super()._answer(request, _after(request.tokens_received, write), arrived, deadline, progress)
+            return await super()._answer(request, _after(request.events_received, write), arrived, deadline, progress)
 
         async def run(emit: Write) -> generation_pb2.Usage:
             with self._admitted():
@@ -152,6 +152,9 @@ class DecodeServer(GenerationFront):
                     raise DeadlinePassed(f"the deadline passed during {progress.phase}") from error
 
         return await self._held.attend(request, write, run)
+
+    def _first_told(self, request: generation_pb2.GenerateRequest) -> bool:
+        return not request.request_id or self._held.first_told(request.request_id)
 
     async def _generate(
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
@@ -166,11 +169,11 @@ class DecodeServer(GenerationFront):
 
 
 def _after(count: int, write: Write) -> Write:
-    """Writes all but the first `count` events with a token: whoever asks again has them from another server."""
+    """Writes all but the first `count` events: whoever asks again has them from another server."""
 
     async def later(event: generation_pb2.GenerateEvent) -> None:
         nonlocal count
-        if count and event.token.HasField("token"):
+        if count:
             count -= 1
         else:
             await write(event)

@@ -80,6 +80,7 @@ class Dispatch:
         self._account = request.placement.account
         self._tokens = len(request.token_ids.ids)
         self._reason, self._computing = request.placement.reason, False
+        self._tries = False  # it is the one that tries a decode server whose breaker is half-open
         self._known: set[str] = set()  # candidates that the account says something of
 
     def placed(self, attempt: int) -> generation_pb2.GenerateEvent:
@@ -91,7 +92,7 @@ class Dispatch:
     def begin(self) -> None:
         """It is sent."""
         self.decode.here += 1
-        self.decode.breaker.sent(time.monotonic())
+        self._tries = self.decode.breaker.sent(time.monotonic())
         if not self.attached:
             self._computing = True
             self._dispatcher.book(self.decode, self._prefill, self._account, self._tokens)
@@ -106,7 +107,8 @@ class Dispatch:
         """It is over, one way or another; idempotent."""
         self.first_token()
         self.decode.here -= 1
-        self.decode.breaker.withdrawn()
+        if self._tries:
+            self.decode.breaker.withdrawn()
         for address, server in self._candidates[:1]:
             if address not in self._known:
                 self._dispatcher.way(self.decode.cluster, server).withdrawn()
@@ -117,9 +119,12 @@ class Dispatch:
         for known, server in self._candidates:
             if known == address:
                 self._known.add(address)
+                way = self._dispatcher.way(self.decode.cluster, server)
                 if code in _ITS_FAULT:
-                    self._dispatcher.way(self.decode.cluster, server).failed(time.monotonic())
+                    way.failed(time.monotonic())
                     self._dispatcher.live.unsettled()
+                elif server is self._prefill:
+                    way.withdrawn()
 
     def account(self, usage: generation_pb2.Usage) -> None:
         """Takes the usage in: whose servers did well; and refuses one that is not what was decided.
@@ -127,12 +132,13 @@ class Dispatch:
         A fallback is said, never silent, and so is another server that went on: else InvalidRun.
         """
         self.decode.breaker.succeeded()
-        usage.decode_address, usage.decode_cluster = self.decode.address, self.decode.cluster
+        usage.decode_address = self.decode.address
         for failure in usage.failures:
             self.failed(failure.address, failure.code)
         server = dict(self._candidates).get(usage.prefill_address)
-        if self._placement is None:
-            return
+        if self.attached or (usage.account and usage.account != self._account):
+            return  # of an earlier placement, to which the request has come back
+        usage.decode_cluster = self.decode.cluster
         usage.prefill_cluster = server.cluster if server is not None else self.decode.cluster
         chosen = self._candidates[0][0] if self._candidates else ""
         decided = ("remote" if chosen else "local", chosen)
@@ -213,16 +219,17 @@ class Dispatcher:
 
     # --- deciding --------------------------------------------------------------------------------------------------------------
 
-    def decide(self, request: generation_pb2.GenerateRequest, full: Container[str] = ()) -> Dispatch:
+    def decide(self, request: generation_pb2.GenerateRequest, full: Container[str] = (), again: bool = False) -> Dispatch:
         """Places the request, and writes into it what its decode server has to know; `full` are decode servers that have no room.
 
+        `again` says that it was placed before, which controllers have seen.
         Raises NoDecodeServer, and InvalidInput where the policy breaks a tenant's residency.
         """
         began = time.perf_counter()
         live, now = self.live, self.live.now
         asked = Request(len(request.token_ids.ids), max(1, request.max_new_tokens))
         view = self._tenancy.view(request.tenant, live.at(now))
-        placement = self._control.place(asked, view, now)
+        placement = self._control.place(asked, live.with_room(view, full) if full else view, now)
         account = request.placement.account = next(self._accounts)
         if self._rollout.shadow is not None:
             other = self._rollout.shadow.place(asked, view, now)
@@ -246,6 +253,8 @@ class Dispatcher:
         message.alternatives[:] = [address for address, _ in candidates[1:]]
         message.prefill_cluster = candidates[0][1].cluster if candidates else decode.cluster
         message.decode_cluster, message.reason = decode.cluster, placement.reason
+        if not again:
+            self._control.placed(asked, placement, now)
         self._decided(time.perf_counter() - began, placement.reason)
         return Dispatch(self, request, decode, placement, candidates)
 
@@ -262,8 +271,6 @@ class Dispatcher:
         chosen = placement.prefill or region
         clusters = [chosen] if placement.prefill is None or resident else [chosen, *self._others(chosen, region), region]
         found = [(cluster, s) for cluster in clusters for s in self.live.open_servers(cluster, region)]
-        if placement.prefill is None:
-            found = [(cluster, s) for cluster, s in found if cluster == region]
         return [(self.fleet.clusters[cluster].seen_from(region, s.address), s) for cluster, s in found[: 1 + _MAX_ALTERNATIVES]]
 
     def _others(self, chosen: str, region: str) -> list[str]:

@@ -20,8 +20,12 @@ from prfaas_jax.transfer.security import Security
 Role = Literal["prefill", "decode"]
 # A server that cannot be reached is tried again this soon; its channel backs off by itself.
 _AGAIN_S = 0.2
+# Parts of the time after which a server is taken for silent.
+_SLICES = 4
 # A router that starts waits so long for servers that do not answer, before it begins without them.
 _FIRST_S = 5.0
+# One that joined and has not been heard of for so long is forgotten; if it is there after all it joins again.
+_FORGET_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Server:
         sent: account -> prefill seconds (as the model has them) of requests that no report has counted yet.
         here: requests that this router has there now.
         calls: the streams of these, of a decode server.
+        joined: it came by itself, at run time.
         leaving: it goes; what it has is finished, and when it is not heard of any more it is forgotten.
     """
 
@@ -75,6 +80,7 @@ class Server:
     here: int = 0
     calls: set[Any] = dataclasses.field(default_factory=set)
     leaving: bool = False
+    joined: bool = False
 
     def takes(self, now: float) -> bool:
         """Whether a request may be sent there; `now` in monotonic seconds."""
@@ -156,6 +162,7 @@ class Fleet:
         if known is None:
             logging.info("%s server %s joins %s", role, address, cluster)
             self._add(cluster, as_role, address)
+            self._servers[as_role, address].joined, self._servers[as_role, address].heard_s = True, time.monotonic()
         elif known.cluster != cluster:
             raise InvalidInput("cluster", cluster, f"{known.cluster}, which {address} is of already")
         elif known.leaving:
@@ -164,9 +171,9 @@ class Fleet:
             self._changed(cluster)
 
     def leave(self, address: str) -> None:
-        """A server goes: it gets nothing new. Unknown addresses are ignored."""
+        """A server that joined goes: it gets nothing new. Other addresses are ignored: what the deployment names, nobody can take away."""
         for server in self._servers.values():
-            if server.address == address and not server.leaving:
+            if server.address == address and server.joined and not server.leaving:
                 server.leaving, server.why = True, "it has left"
                 self._changed(server.cluster)
 
@@ -186,8 +193,8 @@ class Fleet:
             call = stub.Watch(common_pb2.WatchRequest(period_s=self._options.report_s))
             try:
                 while True:
-                    async with asyncio.timeout(self._options.silence_s if heard.done() else max(_FIRST_S, self._options.silence_s)):
-                        status = await call.read()
+                    silence_s = self._options.silence_s
+                    status = await _read(call, silence_s if heard.done() else max(_FIRST_S, silence_s))
                     if status is grpc.aio.EOF:
                         raise ConnectionError("it has ended its reports")
                     self._heard(server, status)
@@ -203,7 +210,7 @@ class Fleet:
                 call.cancel()
             if not heard.done():
                 heard.set_result(None)
-            if server.leaving:
+            if server.leaving or (server.joined and time.monotonic() - server.heard_s > _FORGET_S):
                 logging.info("%s server %s of %s has left", server.role, server.address, server.cluster)
                 del self._servers[server.role, server.address], self._watchers[server]
                 await server.channel.close()
@@ -226,7 +233,9 @@ class Fleet:
         if status.standby:
             return "standby: its instances have another role"
         mine = (status.model_fingerprint, status.cache_fingerprint)
-        if server.role == "decode" and not any(s.up and s.role == "decode" and s is not server for s in self):
+        others = any(s.up and s.role == "decode" and s is not server for s in self)
+        # A stranger that joins while the others are down does not say what is right.
+        if server.role == "decode" and not others and not (server.joined and self._fingerprint):
             self._fingerprint = mine
         if self._fingerprint is not None and mine != self._fingerprint:
             return f"another model: fingerprints {mine}, where the decode servers have {self._fingerprint}"
@@ -266,3 +275,18 @@ class Fleet:
             )
             for s in self._servers.values()
         ]
+
+
+async def _read(call: Any, silence_s: float) -> Any:
+    """The next word of a call; raises TimeoutError after so long without one.
+
+    In slices: a router that was frozen itself finds one of them over, and reads in the next what was said meanwhile.
+    """
+    read = asyncio.ensure_future(call.read())
+    try:
+        for _ in range(_SLICES):
+            if (await asyncio.wait({read}, timeout=silence_s / _SLICES))[0]:
+                return read.result()
+        raise TimeoutError
+    finally:
+        read.cancel()

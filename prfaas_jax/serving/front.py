@@ -128,6 +128,9 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
         try:
             async with asyncio.timeout_at(deadline):
                 usage = await self._answer(request, context.write, arrived, deadline, progress)
+                if not self._first_told(request):
+                    await context.write(generation_pb2.GenerateEvent(usage=usage))
+                    return
                 # Counted first: whoever has read the usage finds it counted.
                 counted = collections.Counter((self._label(usage),))
                 self._served += counted
@@ -195,6 +198,10 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
     ) -> generation_pb2.Usage:
         """Streams tokens through `write` and returns the usage; times are monotonic seconds. Cancelled at the deadline."""
         raise NotImplementedError
+
+    def _first_told(self, request: generation_pb2.GenerateRequest) -> bool:
+        """Whether nobody was told this request's usage before: each counts once."""
+        return True
 
     def _label(self, usage: generation_pb2.Usage) -> str:
         """What a finished request is counted under."""

@@ -1,6 +1,7 @@
 """Requests that outlive their streams: a caller whose connection broke, or whose router was restarted, comes back and misses nothing."""
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
@@ -26,7 +27,9 @@ class TakenOver(PrfaasError):
 class _Held:
     """One request: what it has said so far, and its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, whose: tuple[str, bytes]) -> None:
+        self.whose = whose
+        self.told = False
         self.said: list[generation_pb2.GenerateEvent] = []
         self.changed = asyncio.Event()
         self.readers = 0  # calls that have come for it so far
@@ -53,24 +56,26 @@ class HeldRequests:
         return len(self._all)
 
     async def attend(self, request: generation_pb2.GenerateRequest, write: Write, run: Run) -> generation_pb2.Usage:
-        """Runs the request, or finds the run that there is, and writes what it says from the caller's `tokens_received` on.
+        """Runs the request, or finds the run that there is, and writes what it says from the caller's `events_received` on.
 
         With `held_by` it is only found. Returns its usage, unsent; raises UnknownRequest, TakenOver, RequestCancelled, or what the run
         raised.
         """
         if request.want_logits:
             raise InvalidInput("want_logits", True, "false for a request with an id: logits are not kept for a caller to come back to")
-        held = self._all.get(request.request_id)
+        held, whose = self._all.get(request.request_id), (request.tenant, _digest(request))
         if held is None:
             if request.held_by:
                 raise UnknownRequest(f"request {request.request_id} is not held here, or not any more")
-            held = self._all[request.request_id] = _Held()
+            held = self._all[request.request_id] = _Held(whose)
             held.task = asyncio.create_task(self._run(held, run))
+        if held.whose != whose:
+            raise InvalidInput("request_id", request.request_id, "an id of its own: another request has it")
         if held.timer is not None:
             held.timer.cancel()
             held.timer = None
         held.readers += 1
-        turn, at = held.readers, request.tokens_received
+        turn, at = held.readers, request.events_received
         held.changed.set()  # whoever read before sees that it is over for him
         try:
             while True:
@@ -90,10 +95,20 @@ class HeldRequests:
                     raise TakenOver(f"another call has come for request {request.request_id}")
         finally:
             failed = held.task is not None and held.task.done() and (held.task.cancelled() or held.task.exception() is not None)
-            if failed and self._all.get(request.request_id) is held:
+            if self._all.get(request.request_id) is not held:
+                pass  # ended by its id: whoever has that id now is another one
+            elif failed:
                 self._drop(request.request_id)  # whoever asks again asks for another try
             elif held.readers == turn:
                 held.timer = asyncio.get_running_loop().call_later(self._keep_s, self._drop, request.request_id)
+
+    def first_told(self, request_id: str) -> bool:
+        """Whether the usage of a request that is over is told for the first time, by whoever asks."""
+        held = self._all.get(request_id)
+        if held is None:
+            return True
+        first, held.told = not held.told, True
+        return first
 
     def cancel(self, request_id: str) -> None:
         """Ends a request at once; unknown ids are ignored."""
@@ -123,3 +138,15 @@ class HeldRequests:
         held.task.cancel()
         # Nobody may ever ask for the result of a request that failed while nobody read.
         held.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+def _digest(request: generation_pb2.GenerateRequest) -> bytes:
+    """Of what makes it this request and no other: prompt and sampling, not where it is placed or what its caller has."""
+    mine = generation_pb2.GenerateRequest(
+        token_ids=request.token_ids, sampling=request.sampling, max_new_tokens=request.max_new_tokens, stop_strings=request.stop_strings
+    )
+    if request.WhichOneof("prompt") == "text":
+        mine.text = request.text
+    elif request.WhichOneof("prompt") == "chat":
+        mine.chat.CopyFrom(request.chat)
+    return hashlib.sha256(mine.SerializeToString(deterministic=True)).digest()

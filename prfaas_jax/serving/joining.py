@@ -39,6 +39,11 @@ class JoinOptions:
         if self.advertise:
             parse_address("advertise", self.advertise)
 
+    def check_reachable(self, address: str) -> None:
+        """Raises InvalidInput where routers would be told to reach a server at `address`, on which it listens everywhere."""
+        if self.join and not self.advertise and address.rpartition(":")[0] in ("0.0.0.0", "[::]"):
+            raise InvalidInput("advertise", self.advertise, f"where routers reach this server, which listens on {address}")
+
     @property
     def routers(self) -> tuple[str, ...]:
         """One by one."""

@@ -72,6 +72,8 @@ class LiveView:
         """The view; `now` on its own clock."""
         if self._shaky:
             self.unsettled()
+            there = {server.address for server in self._fleet}
+            self.breakers = {way: breaker for way, breaker in self.breakers.items() if way[1] in there}
             wall = time.monotonic()
             breakers = [*self.breakers.values(), *(server.breaker for server in self._fleet)]
             self._shaky = any(breaker.state(wall) != "closed" for breaker in breakers)
@@ -97,6 +99,12 @@ class LiveView:
         now = time.monotonic()
         servers = [s for s in self._fleet.of(region, "decode") if s.takes(now) and s.address not in full]
         return min(servers, key=lambda s: s.queue / max(1, s.status.engine.decode_slots), default=None)
+
+    def with_room(self, view: ClusterView, full: Container[str]) -> ClusterView:
+        """`view` without the regions whose decode servers that take requests are all in `full`; columns are shared, not health."""
+        near = view.decode
+        room = np.array([self.decode_server(name, full) is not None for name in near.names], bool)
+        return ClusterView(view.prefill, Servers(near.names, near.healthy & room, near.queue, near.load), view.links)
 
     def work_s(self, cluster: str, tokens: int) -> float:
         """Prefill seconds of a prompt on an instance of the cluster; 0 where it has no profile."""
@@ -177,12 +185,13 @@ class LiveView:
     def _write_link(self, far: str, region: str, pair: tuple[int, int], open_: bool) -> None:
         """Measured where it was lately, else as the deployment has it; 0 where there is no way."""
         known = self._routes.get((far, region)) if self._routes is not None else None
+        seen, wall = self._seen(far, region), time.monotonic()
         measured = [
             link
             for decode in self._fleet.of(region, "decode")
             if decode.status is not None
             for link in decode.status.links
-            if link.prefill_address in self._seen(far, region) and link.bytes_per_s > 0 and 0 <= link.age_s < _RATE_MEMORY_S
+            if link.prefill_address in seen and link.bytes_per_s > 0 and 0 <= link.age_s < _RATE_MEMORY_S - (wall - decode.heard_s)
         ]
         speed = self._scale.bytes * self._scale.time
         rate = max((link.bytes_per_s for link in measured), default=0.0) / speed or (known.bytes_per_s if known else 0.0)

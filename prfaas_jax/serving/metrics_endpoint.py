@@ -1,5 +1,6 @@
 """The HTTP port that Prometheus scrapes: /metrics and nothing else, in threads of its own."""
 
+import contextlib
 import socket
 import socketserver
 import ssl
@@ -19,6 +20,7 @@ _FIELD: Final = "metrics_address"
 _PATH: Final = "/metrics"
 # Silence of a client, in the handshake too.
 _IDLE_S: Final = 5.0
+_SCRAPE_S: Final = 20.0
 _MAX_SCRAPES: Final = 16
 _POLL_S: Final = 0.05
 _JOIN_S: Final = 2.0
@@ -96,10 +98,14 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """On the scrape's own."""
+        """On the scrape's own, for a while at most: who sends a byte now and then keeps no place."""
+        watchdog = threading.Timer(_SCRAPE_S, _hang_up, (request,))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            watchdog.cancel()
             self._free.release()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -122,6 +128,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 break
         self.server_close()
+
+
+def _hang_up(request: Any) -> None:
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 def _tls(security: Security) -> ssl.SSLContext | None:

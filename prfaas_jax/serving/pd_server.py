@@ -6,13 +6,14 @@ from typing import Literal
 from absl import logging
 
 from prfaas_jax.engine import api
-from prfaas_jax.errors import InvalidInput
+from prfaas_jax.errors import EngineFailed, InvalidInput
 from prfaas_jax.serving.decode_server import DecodeServer, DecodeServerOptions
 from prfaas_jax.serving.prefill_server import PrefillServer, PrefillServerOptions
 from prfaas_jax.serving.text import TextCodec
 
 PdRole = Literal["prefill", "decode"]
 _DRAIN_POLL_S = 0.02
+_BEGIN_S = 10.0
 
 
 class PdServer:
@@ -63,7 +64,11 @@ class PdServer:
     def convert(self, to: str) -> None:
         """Begins to take the other role, and returns; from any thread. Raises InvalidInput for a role that it has or is taking already."""
         assert self._loop is not None  # whoever asks has been served
-        asyncio.run_coroutine_threadsafe(self._begin(to), self._loop).result(10.0)
+        begun = asyncio.run_coroutine_threadsafe(self._begin(to), self._loop)
+        try:
+            begun.result(_BEGIN_S)
+        except TimeoutError as error:
+            raise EngineFailed(f"the server has not begun to convert within {_BEGIN_S} s") from error
 
     async def _begin(self, to: str) -> None:
         if to not in self._servers:

@@ -76,6 +76,7 @@ class PrefillServerOptions(JoinOptions, Security):
         JoinOptions.__post_init__(self)
         Security.__post_init__(self)
         check_listen("address", self.address, self)
+        self.check_reachable(self.address)
         check_listen("lane_address", self.lane_address, self)
         if self.metrics_address:
             check_listen("metrics_address", self.metrics_address, self)
@@ -174,8 +175,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
         self._plane.draining = True
         self._bulletin.changed()
-        await self._membership.stop()
-        await self._plane.stop(grace_s, lambda: self.busy)
+        await asyncio.gather(self._plane.stop(grace_s, lambda: self.busy), self._membership.stop())
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})

@@ -274,7 +274,7 @@ class RemotePrefill:
             if late_since is not None and now - late_since >= _SURE_S:
                 rate = f"{link.bytes_per_s * 8 / 1e6:.3g} Mbit/s"
                 why = f"predicted to take {needed:.1f} s more at {rate}, and the deadline is in {left:.1f} s"
-                raise self._failed(grpc.StatusCode.UNAVAILABLE, why)
+                raise self._failed(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
 
     async def _end(self, puller: Puller, following: asyncio.Task[None], pulled: "asyncio.Future[Counters]") -> None:
         if not pulled.done():

@@ -7,7 +7,7 @@ a decode server is lost, once more from `decide`, without repeating a token.
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -31,6 +31,10 @@ from prfaas_jax.serving.usage import InvalidRun
 
 # What another decode server may do better. CANCELLED: a server that ends cuts what its grace did not suffice for.
 _ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# What says that a decode server is ill although it answers.
+_SICK = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+# How often a request that waits for a decode server looks for one of which nothing was heard: breakers close with time.
+_LOOK_S = 0.1
 _CANCEL_S, _CONVERT_S = 2.0, 5.0
 
 
@@ -98,8 +102,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
             self._convert,
             metrics.decided,
         )
-        self._running: dict[str, Dispatch | None] = {}  # by the ids that clients gave; None while it is placed
-        self._cancelled: set[str] = set()
+        self._running: dict[str, set[asyncio.Task[generation_pb2.Usage]]] = {}  # by the ids that clients gave; one a call
 
     async def start(self) -> None:
         """Asks every server once, binds and serves; raises InvalidInput naming an address that cannot be bound."""
@@ -140,10 +143,9 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Any) -> generation_pb2.CancelReply:
         """See generation.proto."""
-        dispatch = self._running.get(request.request_id)
-        if request.request_id in self._running:
-            self._cancelled.add(request.request_id)
-        servers = [dispatch.decode] if dispatch is not None else [s for s in self._dispatcher.fleet if s.role == "decode"]
+        for task in self._running.get(request.request_id, ()):
+            task.cancel()
+        servers = [s for s in self._dispatcher.fleet if s.role == "decode"]
         stubs: list[Any] = [generation_pb2_grpc.GenerationStub(server.channel) for server in servers]
         await asyncio.gather(*(stub.Cancel(request, timeout=_CANCEL_S) for stub in stubs), return_exceptions=True)
         return generation_pb2.CancelReply()
@@ -171,40 +173,55 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
             request.token_ids.ids[:] = prompt
         if not request.token_ids.ids:
             raise InvalidInput("prompt", (), "at least one token id")
-        with self._tenancy.running(request.tenant):
-            try:
-                usage = await self._until_done(request, write, arrived, deadline, progress)
-            finally:
-                self._running.pop(request.request_id, None)
-                self._cancelled.discard(request.request_id)
+        with self._tenancy.running(request.tenant, request.request_id):
+            usage = await self._cancellable(request, self._until_done(request, write, arrived, deadline, progress))
         self._fallbacks += usage.fallbacks
         return usage
+
+    async def _cancellable(
+        self, request: generation_pb2.GenerateRequest, work: Coroutine[Any, Any, generation_pb2.Usage]
+    ) -> generation_pb2.Usage:
+        """Does the work where Cancel finds it, whatever it waits for."""
+        if not request.request_id:
+            return await work
+        task, own = asyncio.create_task(work), asyncio.current_task()
+        tasks = self._running.setdefault(request.request_id, set())
+        tasks.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if own is not None and own.cancelling():
+                raise
+            raise RequestCancelled(f"request {request.request_id} was cancelled") from None
+        finally:
+            tasks.discard(task)
+            if not tasks:
+                self._running.pop(request.request_id, None)
 
     async def _until_done(
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
     ) -> generation_pb2.Usage:
         """Sends the request to one decode server after the other, until one has done it."""
         full: dict[str, grpc.RpcError] = {}  # what servers without room said
-        for attempt in range(1, self._options.max_attempts + 1):
+        most = self._options.max_attempts + bool(request.held_by)  # to come back is not one of them
+        for attempt in range(1, most + 1):
             dispatch = self._dispatcher.attach(request) if request.held_by else None
             if dispatch is None:
+                request.held_by = ""  # whoever takes it now is not to look for it
                 progress.phase = "placement"
-                dispatch = await self._place(request, full, deadline)
+                dispatch = await self._place(request, full, attempt > 1, deadline)
                 request.placement.route_s = time.monotonic() - arrived
             if request.request_id:
-                if request.request_id in self._cancelled:
-                    raise RequestCancelled(f"request {request.request_id} was cancelled")
-                self._running[request.request_id] = dispatch
                 await write(dispatch.placed(attempt))
             progress.phase = f"generation by {dispatch.decode.address}"
             try:
                 usage = await self._forward(request, dispatch, write, deadline)
             except DecodeServerLost as error:
-                if attempt == self._options.max_attempts:
+                if attempt == most:
                     raise
                 logging.warning("placing a request again: %s", error)
             except grpc.RpcError as error:
-                if not self._worth_another(error, dispatch, request, attempt):
+                if not self._worth_another(error, dispatch, attempt < most):
                     raise
                 logging.warning("placing a request again: %s: %s", error.code().name, error.details())
                 if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -213,50 +230,53 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
                 usage.attempts = attempt
                 return usage
             request.held_by = ""
-            if request.request_id:
-                self._running[request.request_id] = None
         raise AssertionError("the last attempt returns or raises")
 
-    async def _place(self, request: generation_pb2.GenerateRequest, full: Mapping[str, grpc.RpcError], deadline: float) -> Dispatch:
+    async def _place(
+        self, request: generation_pb2.GenerateRequest, full: Mapping[str, grpc.RpcError], again: bool, deadline: float
+    ) -> Dispatch:
         """Decides; where no decode server can take the request now it waits a little for one. All `full`: what the last one said."""
         until = min(deadline, time.monotonic() + self._options.park_s)
         while True:
             news = self._dispatcher.news()
             try:
-                return self._dispatcher.decide(request, full)
+                return self._dispatcher.decide(request, full, again)
             except NoDecodeServer:
                 if full:
                     raise [*full.values()][-1] from None
                 if time.monotonic() >= until:
                     raise
             try:
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(min(until, time.monotonic() + _LOOK_S)):
                     await news.wait()
             except TimeoutError:
-                continue  # the last look
+                continue
 
-    def _worth_another(self, error: grpc.RpcError, dispatch: Dispatch, request: generation_pb2.GenerateRequest, attempt: int) -> bool:
+    def _worth_another(self, error: grpc.RpcError, dispatch: Dispatch, left: bool) -> bool:
         """Whether another decode server may do what this one did not; notes whose fault it was."""
         code = error.code()
         if failed := dict(error.trailing_metadata() or ()).get(FAILED_PREFILL):
             dispatch.failed(str(failed), code.name)  # and no fallback was allowed
             return False
         if dispatch.attached and code is grpc.StatusCode.NOT_FOUND:
-            return True
-        if request.request_id in self._cancelled:
-            return False
+            return left
         if code is grpc.StatusCode.UNAVAILABLE:
             self._dispatcher.fleet.suspect(dispatch.decode, f"{code.name}: {error.details()}")
-        return code in _ELSEWHERE and attempt < self._options.max_attempts
+        elif code in _SICK:
+            dispatch.decode.breaker.failed(time.monotonic())
+            self._dispatcher.live.unsettled()
+        return code in _ELSEWHERE and left
 
     async def _forward(
         self, request: generation_pb2.GenerateRequest, dispatch: Dispatch, write: Write, deadline: float
     ) -> generation_pb2.Usage:
         """Streams the decode server's tokens to the client and returns its usage; cancelling this cancels the call to it.
 
-        What the client has is counted in `request.tokens_received`, for the next attempt.
+        What the client has is counted in `request.events_received`, for the next attempt.
         """
         server = dispatch.decode
+        if self._dispatcher.fleet.get("decode", server.address) is not server:  # while `placed` was written
+            raise DecodeServerLost(f"decode server {server.address} is lost: it has left")
         stub: Any = generation_pb2_grpc.GenerationStub(server.channel)
         call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._options.deadline_margin_s))
         usage: generation_pb2.Usage | None = None
@@ -269,7 +289,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
                     continue
                 dispatch.first_token()
                 await write(event)
-                request.tokens_received += event.token.HasField("token")
+                request.events_received += event.HasField("token")
             if usage is None:
                 raise InvalidRun(f"decode server {server.address} ended the stream without usage")
             dispatch.account(usage)

@@ -10,7 +10,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput
 from prfaas_jax.scheduling.view import ClusterView, Placement, Servers
 from prfaas_jax.serving.deployment import Tenant
 
-# Labels and logs name at most so many tenants that the deployment does not.
+# A tenant that the deployment does not name.
 ANYBODY = Tenant()
 
 
@@ -19,7 +19,7 @@ class Tenancy:
 
     def __init__(self, tenants: Mapping[str, Tenant]):
         self._tenants = dict(tenants)
-        self._running: collections.Counter[str] = collections.Counter()
+        self._running: dict[str, collections.Counter[object]] = {}  # by tenant: calls by request
         self._masked: dict[str, ClusterView] = {}
         self._masked_of: ClusterView | None = None
 
@@ -28,17 +28,20 @@ class Tenancy:
         return self._tenants.get(name, ANYBODY)
 
     @contextlib.contextmanager
-    def running(self, name: str) -> Iterator[None]:
+    def running(self, name: str, request_id: str = "") -> Iterator[None]:
         """A request of the tenant runs while the block does; raises Exhausted at its quota, which leaves others alone."""
         most = self.of(name).max_running
-        if most is not None and self._running[name] >= most:
-            raise Exhausted(f"tenant {name} has {self._running[name]} requests running (max_running={most})")
-        self._running[name] += 1
+        running, key = self._running.setdefault(name, collections.Counter()), request_id or object()
+        if most is not None and key not in running and len(running) >= most:
+            raise Exhausted(f"tenant {name} has {len(running)} requests running (max_running={most})")
+        running[key] += 1
         try:
             yield
         finally:
-            self._running[name] -= 1
-            if not self._running[name]:
+            running[key] -= 1
+            if not running[key]:
+                del running[key]
+            if not running:
                 del self._running[name]
 
     def view(self, name: str, view: ClusterView) -> ClusterView:

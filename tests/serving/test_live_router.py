@@ -136,7 +136,7 @@ def test_whoever_returns_after_the_decode_server_has_forgotten_is_served_again_w
     prompt = prompt_of(70)
     with decode_server(decode_engine(step_s=0.01), detach_s=0.1) as decode, router(AlwaysLocal(), decode.address, **QUICK) as front:
         message = request(prompt, 20, request_id="mine")
-        message.tokens_received, message.held_by = 5, decode.address
+        message.events_received, message.held_by = 5, decode.address
         assert generate(front.address, message).tokens == greedy(prompt, 20)[5:]
 
 

@@ -181,7 +181,7 @@ def test_a_controllers_actions_are_carried_out_and_its_failure_changes_nothing()
     async def run():
         loop = ControlLoop(AlwaysLocal(), controller, live, 0.02, convert)
         request = Request(10, 1)
-        loop.place(request, live.at(live.now), live.now)
+        loop.placed(request, loop.place(request, live.at(live.now), live.now), live.now)
         loop.start()
         deadline = time.monotonic() + 5
         while len(told) < 2 and time.monotonic() < deadline:
@@ -230,3 +230,15 @@ def test_a_failure_of_a_request_sent_before_it_opened_does_not_make_it_open_long
     for at in (0.0, 0.1, 0.2):
         breaker.failed(at)
     assert breaker.allows(1.05)
+
+
+def test_the_rate_that_a_dead_decode_server_reported_ages():
+    live, fleet, report = made()
+    link = generation_pb2.Link(prefill_address=SEEN, bytes_per_s=99e9, rtt_s=0.003, age_s=0.5)
+    report("decode", HOME, generation_pb2.GenerationStatus(engine=engine(decode_slots=1), links=[link]))
+    report("prefill", FAR, prefill_pb2.PrefillStatus(engine=engine([(0.5, 1, 0)])))
+    assert live.at(live.now).links.bytes_per_s[0, 0] == 99e9
+    fleet.get("decode", HOME).heard_s -= 3600
+    fleet._lost(fleet.get("decode", HOME), "silent")
+    report("prefill", FAR, prefill_pb2.PrefillStatus(engine=engine([(0.5, 1, 0)])))
+    assert live.at(live.now).links.bytes_per_s[0, 0] == 12.5e9

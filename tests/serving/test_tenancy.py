@@ -122,3 +122,14 @@ def test_a_quota_counts_what_runs(steps):
             running.pop().__exit__(None, None, None)
     with tenancy.running("other"):
         pass
+
+
+def test_a_request_that_comes_back_is_one_of_its_tenants_still():
+    tenancy = Tenancy({"busy": Tenant(1)})
+    with tenancy.running("busy", "mine"):
+        with tenancy.running("busy", "mine"):
+            pass
+        with pytest.raises(Exhausted), tenancy.running("busy", "another"):
+            raise AssertionError("let in")
+    with tenancy.running("busy", "another"):
+        pass

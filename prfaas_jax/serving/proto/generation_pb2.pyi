@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback", "ignore_eos", "request_id", "tokens_received", "held_by", "tenant")
+    __slots__ = ("token_ids", "text", "chat", "sampling", "max_new_tokens", "stop_strings", "want_logits", "placement", "allow_fallback", "ignore_eos", "request_id", "events_received", "held_by", "tenant")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -20,7 +20,7 @@ class GenerateRequest(_message.Message):
     ALLOW_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     HELD_BY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     token_ids: TokenIds
@@ -34,10 +34,10 @@ class GenerateRequest(_message.Message):
     allow_fallback: bool
     ignore_eos: bool
     request_id: str
-    tokens_received: int
+    events_received: int
     held_by: str
     tenant: str
-    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: bool = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: bool = ..., ignore_eos: bool = ..., request_id: _Optional[str] = ..., tokens_received: _Optional[int] = ..., held_by: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., want_logits: bool = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., allow_fallback: bool = ..., ignore_eos: bool = ..., request_id: _Optional[str] = ..., events_received: _Optional[int] = ..., held_by: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -127,7 +127,7 @@ class TokenOut(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures", "clock_error_s")
+    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures", "clock_error_s", "account")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class Usage(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     CLOCK_ERROR_S_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     placement: str
     prefill_address: str
     reason: str
@@ -184,7 +185,8 @@ class Usage(_message.Message):
     attempts: int
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     clock_error_s: float
-    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., attempts: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., clock_error_s: _Optional[float] = ...) -> None: ...
+    account: str
+    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., attempts: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., clock_error_s: _Optional[float] = ..., account: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("address", "phase", "code")

@@ -61,7 +61,8 @@ class PrefillServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Accepted, (Progress | SegmentReady)*, FirstToken, Done; or Failed at any point. Cancelling the call cancels the job and drops the ticket.
+        """Accepted, (Progress | SegmentReady)*, FirstToken, Done; or Failed at any point. A call that breaks
+        cancels the job and drops the ticket, unless its caller is back soon; Release does it at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,153 @@
+"""Requests with an id: whoever comes back finds his own, once; whoever ends one ends it wherever it is."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from serving_fixtures import (
+    channel,
+    decode_engine,
+    decode_server,
+    error_of,
+    eventually,
+    generate,
+    generation_status,
+    greedy,
+    prefill_engine,
+    prefill_server,
+    prefill_status,
+    prompt_of,
+    request,
+    router,
+)
+
+from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote
+from prfaas_jax.serving.held import HeldRequests, RequestCancelled
+from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
+
+NOBODY = "127.0.0.1:9"
+QUICK = {"report_s": 0.1, "silence_s": 0.5}
+
+
+def cancel(address: str, request_id: str) -> None:
+    with channel(address) as opened:
+        generation_pb2_grpc.GenerationStub(opened).Cancel(generation_pb2.CancelRequest(request_id=request_id), timeout=5)
+
+
+def again(prompt, count, held_by="", **fields):
+    message = request(prompt, count, request_id="mine", **fields)
+    message.held_by = held_by
+    return message
+
+
+def test_to_come_back_is_not_an_attempt():
+    """With one attempt, a decode server that has forgotten the request was the last one, and the router fell over."""
+    with decode_server() as decode, router(AlwaysLocal(), decode.address, max_attempts=1, **QUICK) as front:
+        assert generate(front.address, again(prompt_of(70), 20, decode.address)).tokens == greedy(prompt_of(70), 20)
+
+
+def test_whoever_returns_without_knowing_where_is_given_the_run_that_there_is():
+    """His connection broke before he was told: he is placed anew, the run goes on as it was, and its account is no lie."""
+    prompt = prompt_of(600)
+    with (
+        prefill_server(prefill_engine(tokens_per_s=400)) as one,
+        prefill_server(prefill_engine(tokens_per_s=400)) as two,
+        decode_server() as decode,
+        router(AlwaysRemote(), decode.address, f"{one.address},{two.address}", **QUICK) as front,
+    ):
+        with channel(front.address) as opened:
+            call = generation_pb2_grpc.GenerationStub(opened).Generate(again(prompt, 5), timeout=20)
+            eventually(lambda: prefill_status(one.address).streams + prefill_status(two.address).streams == 1)
+            call.cancel()
+        eventually(lambda: generation_status(front.address).streams == 0)
+        answer = generate(front.address, again(prompt, 5))
+        assert answer.tokens == greedy(prompt, 5)
+        assert prefill_status(one.address).engine.tokens_prefilled + prefill_status(two.address).engine.tokens_prefilled == 600
+
+
+def test_an_id_gives_nobody_elses_answer():
+    with decode_server() as decode, router(AlwaysLocal(), decode.address, **QUICK) as front:
+        generate(front.address, request(prompt_of(20), 8, request_id="1", tenant="a"))
+        for other in (request(prompt_of(33), 8, request_id="1", tenant="a"), request(prompt_of(20), 8, request_id="1", tenant="b")):
+            error = error_of(front.address, other)
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "request_id" in error.details()
+
+
+def test_a_request_is_cancelled_while_it_waits_for_a_server():
+    with router(AlwaysLocal(), NOBODY, park_s=10.0, **QUICK) as front, ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(error_of, front.address, again(prompt_of(5), 4))
+        eventually(lambda: generation_status(front.address).streams == 1)
+        cancel(front.address, "mine")
+        assert waiting.result(10).code() is grpc.StatusCode.CANCELLED and time.monotonic() - began < 8.0
+
+
+def test_a_cancel_reaches_the_request_although_an_older_call_for_it_has_ended():
+    prompt = prompt_of(20)
+    with (
+        decode_server(decode_engine(step_s=0.05)) as decode,
+        router(AlwaysLocal(), decode.address, **QUICK) as front,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        old = pool.submit(error_of, front.address, again(prompt, 100))
+        eventually(lambda: generation_status(decode.address).streams == 1)
+        new = pool.submit(error_of, front.address, again(prompt, 100, decode.address))
+        assert old.result(10).code() is grpc.StatusCode.ABORTED
+        cancel(front.address, "mine")
+        assert new.result(10).code() is grpc.StatusCode.CANCELLED
+        eventually(lambda: generation_status(decode.address).engine.running == 0)
+
+
+def test_a_cancelled_request_leaves_no_timer_for_the_next_one_of_its_id():
+    async def run():
+        held, message = HeldRequests(0.2), generation_pb2.GenerateRequest(request_id="x")
+
+        async def write(event):
+            pass
+
+        async def work(emit):
+            await asyncio.sleep(0.8)
+            return generation_pb2.Usage(output_tokens=1)
+
+        first = asyncio.create_task(held.attend(message, write, work))
+        await asyncio.sleep(0.05)
+        held.cancel("x")
+        with pytest.raises(RequestCancelled):
+            await first
+        assert (await held.attend(message, write, work)).output_tokens == 1
+        await held.close()
+
+    asyncio.run(run())
+
+
+def test_text_behind_the_last_token_is_not_said_twice():
+    async def run():
+        held, said = HeldRequests(5.0), []
+        message = generation_pb2.GenerateRequest(request_id="x")
+
+        async def write(event):
+            said.append(event.token.text)
+
+        async def work(emit):
+            token = generation_pb2.TokenOut(text="ab")
+            token.token.id = 1
+            await emit(generation_pb2.GenerateEvent(token=token))
+            await emit(generation_pb2.GenerateEvent(token=generation_pb2.TokenOut(text="tail")))
+            return generation_pb2.Usage()
+
+        await held.attend(message, write, work)
+        message.events_received = len(said)
+        await held.attend(message, write, work)
+        await held.close()
+        return "".join(said)
+
+    assert asyncio.run(run()) == "abtail"
+
+
+def test_a_request_that_is_fetched_three_times_counts_once():
+    with decode_server() as decode:
+        for _ in range(3):
+            generate(decode.address, request(prompt_of(9), 3, request_id="a"))
+        assert dict(generation_status(decode.address).served) == {"local": 1}
