@@ -65,7 +65,9 @@ def test_the_papers_system_is_the_studys():
 
 
 def test_scales_reach_the_link():
-    deployment = load_deployment(changed(paper_profiled, {"links/prfaas->pd/rtt_ms": 60.0, "links/prfaas->pd/window_mib": 16.0}))
+    deployment = load_deployment(
+        changed(paper_profiled, {"time_scale": 3.0, "links/prfaas->pd/rtt_ms": 60.0, "links/prfaas->pd/window_mib": 16.0})
+    )
     (link,) = deployment.links
     assert (link.bytes_per_s, link.rtt_s, link.window_bytes) == (100 * GBPS, pytest.approx(0.06), 2**24)
     assert (deployment.scale.link_gbps(link), deployment.scale.link_rtt_ms(link)) == (pytest.approx(0.3), pytest.approx(20.0))
