@@ -250,11 +250,11 @@ def router(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     """The router's own cost."""
     shape = live_router.Shape(ROUTER_TOKENS.value)
     long = live_router.Shape(ROUTER_TOKENS.value, _RESTART_TOKENS)
-    common = SEED.value, bench.vocab, bench.workdir.path
-    rate = live_router.measure_rate(bench.deployment, shape, ROUTER_RPS.value, ROUTER_REQUESTS.value, *common)
-    queue = live_router.measure_queue(bench.deployment, shape, ROUTER_QUEUE.value, *common)
+    source = live_router.Source(SEED.value, bench.vocab, bench.workdir.path, MAX_LATE_S.value)
+    rate = live_router.measure_rate(bench.deployment, shape, ROUTER_RPS.value, ROUTER_REQUESTS.value, source)
+    queue = live_router.measure_queue(bench.deployment, shape, ROUTER_QUEUE.value, source)
     requests = max(MIN_COMPLETIONS.value, int(10 * RESTART_RPS.value))
-    restart = live_router.measure_restart(bench.deployment, long, RESTART_RPS.value, requests, *common)
+    restart = live_router.measure_restart(bench.deployment, long, RESTART_RPS.value, requests, source)
     for name, result in (("rate", rate), ("restart", restart)):
         bench.keep(name, [row.flat() for row in result.pop("rows")], result.pop("broken"))
     print(f"receive to dispatch at {rate['offered_rps']:g}/s: P50 {rate['route_p50_ms']:.3f} ms, P99 {rate['route_p99_ms']:.3f} ms")

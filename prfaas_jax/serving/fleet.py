@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from prfaas_jax.transfer.security import Security
 Role = Literal["prefill", "decode"]
 # A server that cannot be reached is tried again this soon; its channel backs off by itself.
 _AGAIN_S = 0.2
-# Parts of the time after which a server is taken for silent.
+# Parts of the time after which a server is silent.
 _SLICES = 4
 # A router that starts waits so long for servers that do not answer, before it begins without them.
 _FIRST_S = 5.0
@@ -34,11 +36,13 @@ class FleetOptions(BreakerOptions):
 
     Attributes:
         report_s: a server says how it is at least this often, and at once when that changes.
-        silence_s: one that has said nothing for so long is frozen or cut off.
+        silence_s: one that has said nothing for so long, frozen, cut off or too busy, gets nothing new.
+        lost_s: and after so long what it has goes elsewhere; sooner where its connection breaks.
     """
 
     report_s: float = 0.25
     silence_s: float = 1.0
+    lost_s: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +50,8 @@ class FleetOptions(BreakerOptions):
             raise InvalidInput("report_s", self.report_s, "0.02..60 seconds")
         if not self.silence_s >= 2 * self.report_s:
             raise InvalidInput("silence_s", self.silence_s, f"at least twice report_s, {2 * self.report_s} s")
+        if not self.lost_s >= self.silence_s:
+            raise InvalidInput("lost_s", self.lost_s, f"at least silence_s, {self.silence_s} s")
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,15 +199,15 @@ class Fleet:
             call = stub.Watch(common_pb2.WatchRequest(period_s=self._options.report_s))
             try:
                 while True:
-                    silence_s = self._options.silence_s
-                    status = await _read(call, silence_s if heard.done() else max(_FIRST_S, silence_s))
+                    lost_s = self._options.lost_s if heard.done() else max(_FIRST_S, self._options.lost_s)
+                    status = await _read(call, self._options.silence_s, lost_s, functools.partial(self._silent, server))
                     if status is grpc.aio.EOF:
                         raise ConnectionError("it has ended its reports")
                     self._heard(server, status)
                     if not heard.done():
                         heard.set_result(None)
             except TimeoutError:
-                self._lost(server, f"silent for {self._options.silence_s} s")
+                self._lost(server, f"silent for {lost_s} s")
             except grpc.RpcError as error:
                 self._lost(server, f"{error.code().name}: {error.details()}")
             except ConnectionError as error:
@@ -241,6 +247,11 @@ class Fleet:
             return f"another model: fingerprints {mine}, where the decode servers have {self._fingerprint}"
         return ""
 
+    def _silent(self, server: Server) -> None:
+        """Frozen, or busy: it gets nothing new, and what it has it keeps for now."""
+        self._set(server, f"silent for {self._options.silence_s} s")
+        self._changed(server.cluster)
+
     def _lost(self, server: Server, why: str) -> None:
         self._set(server, why)
         # Whoever waits for a token of it must not wait for a deadline.
@@ -277,16 +288,18 @@ class Fleet:
         ]
 
 
-async def _read(call: Any, silence_s: float) -> Any:
-    """The next word of a call; raises TimeoutError after so long without one.
+async def _read(call: Any, silence_s: float, lost_s: float, silent: Callable[[], None]) -> Any:
+    """The next word of a call; calls `silent` after `silence_s` without one, and raises TimeoutError after `lost_s`.
 
     In slices: a router that was frozen itself finds one of them over, and reads in the next what was said meanwhile.
     """
     read = asyncio.ensure_future(call.read())
     try:
-        for _ in range(_SLICES):
+        for waited in range(1, math.ceil(lost_s / silence_s * _SLICES) + 1):
             if (await asyncio.wait({read}, timeout=silence_s / _SLICES))[0]:
                 return read.result()
+            if waited == _SLICES:
+                silent()
         raise TimeoutError
     finally:
         read.cancel()

@@ -52,7 +52,7 @@ class RouterOptions(FleetOptions, FrontOptions):
     decode: str = ""
     prefill: str = ""
     max_attempts: int = 3
-    park_s: float = 2.0
+    park_s: float = 5.0
     max_requests: int = 1024
 
     def __post_init__(self) -> None:

@@ -43,6 +43,16 @@ class Shape:
     new_tokens: int = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where requests come from: the seed of their prompts, ids below `vocab_size`, files, wall seconds that a percent may be sent late."""
+
+    seed: int
+    vocab_size: int
+    workdir: Path
+    late_s: float = 0.1
+
+
 def quick(deployment: Deployment, rate: float, shape: Shape) -> Deployment:
     """The deployment, as much faster as its first region needs to compute `rate` short prompts per wall second by itself.
 
@@ -145,11 +155,9 @@ def asks(shape: Shape, rate: float, count: int, seed: int) -> tuple[Ask, ...]:
 
 
 @contextlib.contextmanager
-def _replaying(
-    cluster: RouterCluster, requests: tuple[Ask, ...], seed: int, vocab: int, workdir: Path, label: str
-) -> Iterator[ReplayProcess]:
-    script = Script(routers=(cluster.address,), asks=requests, seed=seed, vocab_size=vocab, check=True)
-    paths = [os.fspath(workdir / f".{label}.{name}.json") for name in ("script", "rows")]
+def _replaying(cluster: RouterCluster, requests: tuple[Ask, ...], source: Source, label: str) -> Iterator[ReplayProcess]:
+    script = Script((cluster.address,), requests, source.seed, source.vocab_size, check=True, late_s=source.late_s)
+    paths = [os.fspath(source.workdir / f".{label}.{name}.json") for name in ("script", "rows")]
     try:
         with ReplayProcess(label) as process:
             process.start(script, *paths)
@@ -159,11 +167,11 @@ def _replaying(
             Path(path).unlink(missing_ok=True)
 
 
-def measure_rate(deployment: Deployment, shape: Shape, rate: float, count: int, seed: int, vocab: int, workdir: Path) -> dict[str, Any]:
+def measure_rate(deployment: Deployment, shape: Shape, rate: float, count: int, source: Source) -> dict[str, Any]:
     """What a request costs the router at `rate` per second: milliseconds from receiving to sending on, CPU; `rows` of all."""
-    with RouterCluster(quick(deployment, rate, shape), workdir, 4 * count) as cluster:
+    with RouterCluster(quick(deployment, rate, shape), source.workdir, 4 * count) as cluster:
         before = {name: cluster.cpu_s(name) for name in cluster.processes}
-        with _replaying(cluster, asks(shape, rate, count, seed), seed, vocab, workdir, "rate") as process:
+        with _replaying(cluster, asks(shape, rate, count, source.seed), source, "rate") as process:
             began = time.monotonic()
             rows, said = process.wait()
             seconds = time.monotonic() - began
@@ -184,15 +192,15 @@ def measure_rate(deployment: Deployment, shape: Shape, rate: float, count: int, 
     }
 
 
-def measure_queue(deployment: Deployment, shape: Shape, count: int, seed: int, vocab: int, workdir: Path) -> dict[str, Any]:
+def measure_queue(deployment: Deployment, shape: Shape, count: int, source: Source) -> dict[str, Any]:
     """Resident bytes of every process before `count` requests wait at once, while they do, and after their clients are gone.
 
     Twice: allocators keep what they had, so it is the second queue that tells whether anything grows.
     """
-    with RouterCluster(at_speed(deployment, _SLOW), workdir, 2 * count) as cluster:
+    with RouterCluster(at_speed(deployment, _SLOW), source.workdir, 2 * count) as cluster:
         memory = {"before": cluster.memory()}
         for queued, after in (("queued", "after"), ("queued_again", "after_again")):
-            with _replaying(cluster, asks(shape, 0.0, count, seed), seed, vocab, workdir, "queue"):
+            with _replaying(cluster, asks(shape, 0.0, count, source.seed), source, "queue"):
                 _until(lambda: cluster.streams() == count, _QUEUED_S, f"{count} requests in the router's queue")
                 time.sleep(1.0)  # they reach the decode server, too
                 memory[queued] = cluster.memory()
@@ -202,11 +210,11 @@ def measure_queue(deployment: Deployment, shape: Shape, count: int, seed: int, v
     return {"queued": count, "memory_mib": {k: _mib(v) for k, v in memory.items()}, "bytes_per_request": per_request}
 
 
-def measure_restart(deployment: Deployment, shape: Shape, rate: float, count: int, seed: int, vocab: int, workdir: Path) -> dict[str, Any]:
+def measure_restart(deployment: Deployment, shape: Shape, rate: float, count: int, source: Source) -> dict[str, Any]:
     """Ends the router in the middle of a run, and starts another one: how many requests were under way, came back, were lost."""
     with (
-        RouterCluster(quick(deployment, rate, shape), workdir, 4 * count) as cluster,
-        _replaying(cluster, asks(shape, rate, count, seed), seed, vocab, workdir, "restart") as process,
+        RouterCluster(quick(deployment, rate, shape), source.workdir, 4 * count) as cluster,
+        _replaying(cluster, asks(shape, rate, count, source.seed), source, "restart") as process,
     ):
         time.sleep(max(0.0, process.began + count / rate / 2 - time.monotonic()))
         running = cluster.streams()

@@ -39,7 +39,7 @@ from prfaas_jax.serving.router import Router, RouterOptions
 from prfaas_jax.testing.relay import Relay
 
 NOBODY = "127.0.0.1:9"
-QUICK = {"report_s": 0.1, "silence_s": 0.5}
+QUICK = {"report_s": 0.1, "silence_s": 0.5, "lost_s": 1.0}
 
 
 def die(relay: Relay) -> None:
@@ -401,3 +401,32 @@ def test_a_prefill_cluster_without_a_route_to_the_region_is_not_used_for_it(link
         with of_clusters(Named("other", "home"), servers, deployment) as front:
             usage = generate(front.address, request(prompt_of(60))).usage
             assert usage.prefill_cluster == used and "no open way to other" in usage.reason
+
+
+def test_a_server_that_is_too_busy_to_report_keeps_what_it_has_and_gets_nothing_new():
+    """With thousands of requests its reports came late, and the router took it for frozen and cut them all."""
+    with (
+        decode_server(decode_engine(step_s=0.05)) as busy,
+        decode_server() as other,
+        router(AlwaysLocal(), f"{busy.address},{other.address}", report_s=0.1, silence_s=0.3) as front,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running = pool.submit(generate, front.address, request(prompt_of(50), 60))
+        eventually(lambda: generation_status(busy.address).engine.tokens_decoded > 3)
+        said = busy._bulletin._status
+
+        def late():
+            time.sleep(1.0)  # its event loop does nothing else meanwhile
+            return said()
+
+        busy._bulletin._status = late
+
+        def down():
+            return [b.why for b in generation_status(front.address).backends if b.address == busy.address and not b.healthy]
+
+        eventually(lambda: any("silent" in why for why in down()))
+        assert generate(front.address, request(prompt_of(5), 2)).usage.decode_address == other.address
+        busy._bulletin._status = said
+        usage = running.result(30).usage
+        assert running.result().tokens == greedy(prompt_of(50), 60) and usage.attempts == 1
+        eventually(lambda: not down(), what="it reports again")

@@ -87,7 +87,7 @@ def test_a_prefill_server_that_drains_gets_nothing_and_one_that_returns_does():
 
 
 def test_no_decode_server_is_unavailable():
-    with router(AlwaysLocal(), NOBODY, report_s=0.1) as front:
+    with router(AlwaysLocal(), NOBODY, report_s=0.1, park_s=0.2) as front:
         error = error_of(front.address, request(prompt_of(5)))
         assert error.code() is grpc.StatusCode.UNAVAILABLE and NOBODY in error.details()
 

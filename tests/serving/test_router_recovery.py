@@ -22,7 +22,7 @@ from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote
 from prfaas_jax.testing.relay import Relay
 
 NOBODY = "127.0.0.1:9"
-QUICK = {"report_s": 0.1, "silence_s": 0.5}
+QUICK = {"report_s": 0.1, "silence_s": 0.5, "lost_s": 0.6}
 
 
 def test_whoever_returns_to_a_decode_server_that_is_gone_is_served_by_another_one():
@@ -46,7 +46,7 @@ def test_a_request_found_again_where_it_was_keeps_the_prefill_server_that_it_had
     ):
         answer = pool.submit(generate, front.address, request(prompt, 20, request_id="mine"))
         eventually(lambda: prefill_status(first.address).streams == 1, what="it is prefilled")
-        link.black_hole(0.8)
+        link.black_hole(1.0)
         assert answer.result(20).tokens == greedy(prompt, 20)
         usage = answer.result().usage
         assert (usage.attempts, usage.prefill_address, usage.fallbacks, usage.resumes) == (2, first.address, 0, 0)
@@ -96,6 +96,6 @@ def test_nor_does_it_when_it_was_only_come_back_to():
             message.held_by = link.address
             answer = pool.submit(generate, front.address, message)
             eventually(lambda: generation_status(front.address).streams == 1, what="its client is back")
-            link.black_hole(0.8)
+            link.black_hole(1.0)
             assert answer.result(20).tokens == greedy(prompt, 20)
             assert (answer.result().usage.attempts, answer.result().usage.prefill_address) == (2, first.address)
