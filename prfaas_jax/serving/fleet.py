@@ -37,12 +37,12 @@ class FleetOptions(BreakerOptions):
     Attributes:
         report_s: a server says how it is at least this often, and at once when that changes.
         silence_s: one that has said nothing for so long, frozen, cut off or too busy, gets nothing new.
-        lost_s: and after so long what it has goes elsewhere; sooner where its connection breaks.
+        lost_s: and after so long what it has goes elsewhere; sooner where its connection breaks. None: three times silence_s.
     """
 
     report_s: float = 0.25
     silence_s: float = 1.0
-    lost_s: float = 3.0
+    lost_s: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +50,13 @@ class FleetOptions(BreakerOptions):
             raise InvalidInput("report_s", self.report_s, "0.02..60 seconds")
         if not self.silence_s >= 2 * self.report_s:
             raise InvalidInput("silence_s", self.silence_s, f"at least twice report_s, {2 * self.report_s} s")
-        if not self.lost_s >= self.silence_s:
+        if self.lost_s is not None and not self.lost_s >= self.silence_s:
             raise InvalidInput("lost_s", self.lost_s, f"at least silence_s, {self.silence_s} s")
+
+    @property
+    def given_up_s(self) -> float:
+        """`lost_s`, with its default filled in."""
+        return 3 * self.silence_s if self.lost_s is None else self.lost_s
 
 
 @dataclasses.dataclass(eq=False)
@@ -199,7 +204,7 @@ class Fleet:
             call = stub.Watch(common_pb2.WatchRequest(period_s=self._options.report_s))
             try:
                 while True:
-                    lost_s = self._options.lost_s if heard.done() else max(_FIRST_S, self._options.lost_s)
+                    lost_s = self._options.given_up_s if heard.done() else max(_FIRST_S, self._options.given_up_s)
                     status = await _read(call, self._options.silence_s, lost_s, functools.partial(self._silent, server))
                     if status is grpc.aio.EOF:
                         raise ConnectionError("it has ended its reports")

@@ -24,6 +24,9 @@ from prfaas_jax.testing.replay_script import Recorded
 
 SYSTEMS = ("prfaas", "homogeneous", "naive", "length_blind")
 
+# Wall seconds without a byte after which a transfer counts as broken.
+PATIENCE_S = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class System:
@@ -97,9 +100,15 @@ def with_policy(deployment: Deployment, policy: str, parameter: float = 0.0) -> 
 
 
 def with_room(deployment: Deployment, requests: int) -> Deployment:
-    """Every server takes so many requests at once, unless the config says how many: an open loop queues what a simulation would queue."""
+    """Every server takes so many requests at once, unless the config says how many: an open loop queues what a simulation would queue.
+
+    And a transfer may stand still behind the others of a full link for longer than servers that serve would wait.
+    """
     config: dict[str, Any] = copy.deepcopy(dict(deployment.config))
-    room = {"prefill_server": {"max_requests": requests, "max_streams": requests}, "decode_server": {"max_requests": requests}}
+    room = {
+        "prefill_server": {"max_requests": requests, "max_streams": requests},
+        "decode_server": {"max_requests": requests, "idle_s": PATIENCE_S},
+    }
     clusters = []
     for cluster in deployment.clusters:
         options: dict[str, Any] = {server: {**limits, **getattr(cluster, server)} for server, limits in room.items()}
