@@ -105,7 +105,7 @@ def with_room(deployment: Deployment, requests: int) -> Deployment:
     And a transfer may stand still behind the others of a full link for longer than servers that serve would wait.
     """
     config: dict[str, Any] = copy.deepcopy(dict(deployment.config))
-    room = {
+    room: dict[str, dict[str, float]] = {
         "prefill_server": {"max_requests": requests, "max_streams": requests},
         "decode_server": {"max_requests": requests, "idle_s": PATIENCE_S},
     }
