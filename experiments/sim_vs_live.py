@@ -15,7 +15,7 @@ What the simulator does not have, with its size in model seconds at the default 
 * KV bytes in whole elements: the byte scale is the one that was found, to 1e-3;
 * reports of servers come every quarter of a wall second, where the simulator's policy sees each change at once. A policy that looks at
   queues soon decides otherwise, and what it decides changes the queues: `same_placement` says for how many requests it did not. Arrivals
-  moved by up to 30 ms do the same to two simulations: P90 of 300 requests differs by up to 7 %, of 1000 by 4 %, so play many;
+  moved by up to 30 ms do the same to two simulations: P90 of 300 requests differs by up to 7 %, of 1000 by 6 %, so play many;
 * memory of decode instances, which a live request holds from its arrival on and a simulated one from its commit: it binds nowhere here.
 What the live side does not have: the network inside a region (2 ms of the simulated TTFT), and prefix caches (off in the simulation).
 
