@@ -408,7 +408,7 @@ def test_a_server_that_is_too_busy_to_report_keeps_what_it_has_and_gets_nothing_
     with (
         decode_server(decode_engine(step_s=0.05)) as busy,
         decode_server() as other,
-        router(AlwaysLocal(), f"{busy.address},{other.address}", report_s=0.1, silence_s=0.3) as front,
+        router(AlwaysLocal(), f"{busy.address},{other.address}", report_s=0.1, silence_s=0.3, lost_s=15.0) as front,
         ThreadPoolExecutor(1) as pool,
     ):
         running = pool.submit(generate, front.address, request(prompt_of(50), 60))
