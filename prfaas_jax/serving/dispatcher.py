@@ -13,7 +13,7 @@ from absl import logging
 
 from prfaas_jax.scheduling.controllers import Controller, Convert
 from prfaas_jax.scheduling.footprint import KvFootprint
-from prfaas_jax.scheduling.view import NoDecodeServer, Placement, Policy, Request
+from prfaas_jax.scheduling.view import ClusterView, NoDecodeServer, Placement, Policy, Request
 from prfaas_jax.serving.breaker import Breaker, BreakerOptions
 from prfaas_jax.serving.control_loop import ControlLoop
 from prfaas_jax.serving.deployment import ClusterServers, Deployment, Scale
@@ -104,7 +104,7 @@ class Dispatch:
             self._dispatcher.unbook(self.decode, self._prefill, self._account, self._tokens)
 
     def end(self) -> None:
-        """It is over, one way or another; idempotent."""
+        """It is over, one way or another; once for each `begin`."""
         self.first_token()
         self.decode.here -= 1
         if self._tries:
@@ -187,7 +187,8 @@ class Dispatcher:
         self._breakers: BreakerOptions = options
         self._tenancy, self._rollout, self._decided = tenancy, rollout, decided
         self._decisions: collections.Counter[str] = collections.Counter()
-        self._accounts = (f"{uuid.uuid4().hex[:12]}-{i}" for i in itertools.count())
+        prefix = uuid.uuid4().hex[:12]  # other routers have other ones
+        self._accounts = (f"{prefix}-{i}" for i in itertools.count())
         self._news, self._turns = asyncio.Event(), 0
 
     async def start(self) -> None:
@@ -241,7 +242,7 @@ class Dispatcher:
         decode = live.decode_server(placement.decode, full)
         if decode is None:
             raise NoDecodeServer(f"no decode server of {placement.decode} takes requests now")
-        candidates = self._candidates(placement, bool(self._tenancy.of(request.tenant).regions))
+        candidates = self._candidates(placement, view, bool(self._tenancy.of(request.tenant).regions))
         if placement.prefill is not None and (not candidates or candidates[0][1].cluster != placement.prefill):
             # The policy cannot know everything, such as which clusters have a route to the region.
             instead = candidates[0][1].cluster if candidates and candidates[0][1].cluster != decode.cluster else None
@@ -265,17 +266,16 @@ class Dispatcher:
             return None
         return Dispatch(self, request, server, None, ())
 
-    def _candidates(self, placement: Placement, resident: bool) -> list[tuple[str, Server]]:
+    def _candidates(self, placement: Placement, view: ClusterView, resident: bool) -> list[tuple[str, Server]]:
         """Who may prefill it, the chosen one first, then who may go on when that fails; none: the decode server itself."""
         region = placement.decode
         chosen = placement.prefill or region
-        clusters = [chosen] if placement.prefill is None or resident else [chosen, *self._others(chosen, region), region]
+        clusters = [chosen] if placement.prefill is None or resident else [chosen, *self._others(chosen, region, view), region]
         found = [(cluster, s) for cluster in clusters for s in self.live.open_servers(cluster, region)]
         return [(self.fleet.clusters[cluster].seen_from(region, s.address), s) for cluster, s in found[: 1 + _MAX_ALTERNATIVES]]
 
-    def _others(self, chosen: str, region: str) -> list[str]:
+    def _others(self, chosen: str, region: str, view: ClusterView) -> list[str]:
         """Other prefill clusters with a route to the region, least busy first."""
-        view = self.live.at(self.live.now)
         names = [view.prefill.names[i] for i in view.prefill.queue.argsort(kind="stable")]
         return [name for name in names if name != chosen and self.live.route(name, region)]
 

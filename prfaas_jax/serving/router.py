@@ -296,7 +296,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
             return usage
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if call in server.calls and task is not None and not task.cancelling():
+            if task is not None and not task.cancelling():  # the fleet has cut the call, nobody this request
                 raise DecodeServerLost(f"decode server {server.address} is lost: {server.why}") from None
             raise
         finally:
