@@ -102,7 +102,8 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
             self._convert,
             metrics.decided,
         )
-        self._running: dict[str, set[asyncio.Task[generation_pb2.Usage]]] = {}  # by the ids that clients gave; one a call
+        self._running: dict[str, set[asyncio.Task[Any]]] = {}  # by the ids that clients gave; one a call
+        self._cancelled: set[asyncio.Task[Any]] = set()  # those of them that Cancel has ended
 
     async def start(self) -> None:
         """Asks every server once, binds and serves; raises InvalidInput naming an address that cannot be bound."""
@@ -143,7 +144,8 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Any) -> generation_pb2.CancelReply:
         """See generation.proto."""
-        for task in self._running.get(request.request_id, ()):
+        for task in self._running.get(request.request_id, set()) - self._cancelled:
+            self._cancelled.add(task)
             task.cancel()
         servers = [s for s in self._dispatcher.fleet if s.role == "decode"]
         stubs: list[Any] = [generation_pb2_grpc.GenerationStub(server.channel) for server in servers]
@@ -181,19 +183,21 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
     async def _cancellable(
         self, request: generation_pb2.GenerateRequest, work: Coroutine[Any, Any, generation_pb2.Usage]
     ) -> generation_pb2.Usage:
-        """Does the work where Cancel finds it, whatever it waits for."""
+        """Does the work where Cancel finds it, whatever it waits for. Not in a task of its own: that would wait for its turn."""
         if not request.request_id:
             return await work
-        task, own = asyncio.create_task(work), asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None  # of the call
         tasks = self._running.setdefault(request.request_id, set())
         tasks.add(task)
         try:
-            return await task
+            return await work
         except asyncio.CancelledError:
-            if own is not None and own.cancelling():
+            if task not in self._cancelled or task.uncancel():  # its client is gone, or the deadline has passed, too
                 raise
             raise RequestCancelled(f"request {request.request_id} was cancelled") from None
         finally:
+            self._cancelled.discard(task)
             tasks.discard(task)
             if not tasks:
                 self._running.pop(request.request_id, None)
@@ -211,11 +215,9 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
                 progress.phase = "placement"
                 dispatch = await self._place(request, full, attempt > 1, deadline)
                 request.placement.route_s = time.monotonic() - arrived
-            if request.request_id:
-                await write(dispatch.placed(attempt))
             progress.phase = f"generation by {dispatch.decode.address}"
             try:
-                usage = await self._forward(request, dispatch, write, deadline)
+                usage = await self._forward(request, dispatch, attempt, write, deadline)
             except DecodeServerLost as error:
                 if attempt == most:
                     raise
@@ -268,21 +270,21 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
         return code in _ELSEWHERE and left
 
     async def _forward(
-        self, request: generation_pb2.GenerateRequest, dispatch: Dispatch, write: Write, deadline: float
+        self, request: generation_pb2.GenerateRequest, dispatch: Dispatch, attempt: int, write: Write, deadline: float
     ) -> generation_pb2.Usage:
         """Streams the decode server's tokens to the client and returns its usage; cancelling this cancels the call to it.
 
         What the client has is counted in `request.events_received`, for the next attempt.
         """
         server = dispatch.decode
-        if self._dispatcher.fleet.get("decode", server.address) is not server:  # while `placed` was written
-            raise DecodeServerLost(f"decode server {server.address} is lost: it has left")
         stub: Any = generation_pb2_grpc.GenerationStub(server.channel)
         call = stub.Generate(request, timeout=max(0.0, deadline - time.monotonic() - self._options.deadline_margin_s))
         usage: generation_pb2.Usage | None = None
         server.calls.add(call)
         dispatch.begin()
         try:
+            if request.request_id:
+                await write(dispatch.placed(attempt))  # while the request is on its way
             async for event in call:  # to its end: cancelled behind the usage, it would count as failed there
                 if event.WhichOneof("event") == "usage":
                     usage = event.usage

@@ -84,6 +84,22 @@ def test_a_request_is_cancelled_while_it_waits_for_a_server():
         assert waiting.result(10).code() is grpc.StatusCode.CANCELLED and time.monotonic() - began < 8.0
 
 
+def test_a_request_that_is_cancelled_twice_says_so_and_the_next_one_of_its_id_is_served():
+    """Calls end in their own task: what is left of a cancel must not reach what the server does next."""
+    with (
+        decode_server(decode_engine(step_s=0.05)) as decode,
+        router(AlwaysLocal(), decode.address, **QUICK) as front,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for _ in range(3):
+            waiting = pool.submit(error_of, front.address, again(prompt_of(70), 100))
+            eventually(lambda: generation_status(decode.address).streams == 1, what="it is generated")
+            for _ in range(2):
+                cancel(front.address, "mine")
+            assert waiting.result(10).code() is grpc.StatusCode.CANCELLED
+        assert generate(front.address, again(prompt_of(70), 5)).tokens == greedy(prompt_of(70), 5)
+
+
 def test_a_cancel_reaches_the_request_although_an_older_call_for_it_has_ended():
     prompt = prompt_of(20)
     with (
