@@ -28,7 +28,6 @@ from prfaas_jax.serving.process import run_main
 from prfaas_jax.testing.drill import Drill, DrillOptions
 from prfaas_jax.testing.drill_faults import all_faults, chosen
 from prfaas_jax.testing.drill_report import FaultReport, summary, table
-from prfaas_jax.testing.drill_watch import RESOLUTION_S
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/clusters/fault_drill_cpu.py", "what is broken", lock_config=True)
 ONLY = flags.DEFINE_string("only", "", "a regular expression: only faults whose name it finds something in")
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> None:
         workdir.write_rows("faults.csv", [report.row() for report in reports])
     draw(workdir.path)
     print(table(reports))
-    result = summary(reports, len(drill.requests), os.cpu_count() or 1, RESOLUTION_S) | {"wall_s": round(time.monotonic() - began, 1)}
+    result = summary(reports, len(drill.requests), os.cpu_count() or 1) | {"wall_s": round(time.monotonic() - began, 1)}
     for report in reports:
         for broken in report.broken:
             print(f"INVALID: {report.fault.name}: {broken}")

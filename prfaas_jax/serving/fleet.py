@@ -69,7 +69,7 @@ class Server:
         address: where it is reached from here.
         channel: to its control plane.
         breaker: of the requests that this router sends to it.
-        up: it answers and takes work; `why` says what is wrong otherwise.
+        up: it answers and takes work; `why` says what is wrong otherwise; so since `turned_s`, monotonic seconds.
         status: its last report, which came at `heard_s`, monotonic seconds.
         sent: account -> prefill seconds (as the model has them) of requests that no report has counted yet.
         here: requests that this router has there now.
@@ -85,6 +85,7 @@ class Server:
     breaker: Breaker
     up: bool = False
     why: str = "not asked yet"
+    turned_s: float = 0.0
     status: Any = None
     heard_s: float = 0.0
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -274,7 +275,9 @@ class Fleet:
         up = not why
         if up != server.up or (why and why != server.why and server.why == "not asked yet"):
             logging.info("%s server %s of %s is %s", server.role, server.address, server.cluster, "healthy" if up else f"unhealthy: {why}")
-        self.turns += up != server.up
+        if up != server.up:
+            self.turns += 1
+            server.turned_s = time.monotonic()
         server.up, server.why = up, why
 
     def report(self, now: float) -> list[generation_pb2.Backend]:
@@ -288,6 +291,7 @@ class Fleet:
                 why=s.why if not s.up or s.leaving else "" if s.breaker.allows(now) else "its breaker is open",
                 engine=s.status.engine if s.status is not None else None,
                 breaker=s.breaker.state(now),
+                turned_s=s.turned_s,
             )
             for s in self._servers.values()
         ]

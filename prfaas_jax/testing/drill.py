@@ -150,7 +150,7 @@ class Drill:
         self._wait(lambda: bool(load.running()), _MEET_S, "a running request")
         broken: list[str] = []
         if fault.breaks == "client":
-            struck, detection = self._client_fault(fault), None
+            struck, detection, exit_s = self._client_fault(fault), None, None
             healed = time.monotonic()
         else:
             if fault.phase is not None:
@@ -162,6 +162,7 @@ class Drill:
                 for i in range(self._options.burst):
                     load.ask(self._prompts[i % len(self._prompts)], "burst")
             detection = self._seen(fault, struck, hold_s, broken)
+            exit_s = injector.exit_s(fault.target) if fault.kind == "kill" else None
             injector.heal(fault)
             healed = time.monotonic()
             if fault.kind == "drain" and injector.exit_code:
@@ -178,6 +179,7 @@ class Drill:
         return FaultReport(
             fault=fault,
             detection_s=detection,
+            exit_s=exit_s,
             recovery_s=recovery,
             affected=len(affected),
             outcomes=outcomes(affected),

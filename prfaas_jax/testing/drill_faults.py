@@ -1,9 +1,13 @@
 """The faults of a drill: what is broken, when, and how it is made whole again."""
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -33,6 +37,8 @@ _RESET_AFTER: Final = (1, 65_536, 300_000)
 _READY_S = 300.0
 # A server's own grace, and what it takes to end.
 _DRAIN_S = 30.0
+# For the operating system to end a process that was killed.
+_EXIT_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +114,7 @@ class Injector:
         self._live, self._workdir = live, workdir
         self._extra: Processes | None = None
         self._liar: Process | None = None
+        self._exits: dict[str, _Exit] = {}
         self.exit_code: int | None = None  # of a server that was drained
 
     @property
@@ -148,6 +155,10 @@ class Injector:
                 return _DEAD_S
         return 0.0
 
+    def exit_s(self, name: str) -> float | None:
+        """Seconds from SIGKILL until the process had ended, if it was killed last time and has."""
+        return self._exits[name].seconds() if name in self._exits else None
+
     def heal(self, fault: Fault) -> None:
         """Restarts what has ended, at its address, and returns once it is ready; links are as they were."""
         match fault.kind, fault.breaks:
@@ -177,7 +188,11 @@ class Injector:
     # --- processes
 
     def _signal(self, name: str, number: int) -> None:
-        self._live.processes[name].signal_group(number)
+        process = self._live.processes[name]
+        self._exits.pop(name, None)
+        if number == signal.SIGKILL:
+            self._exits[name] = _Exit(process.pid)
+        process.signal_group(number)
 
     def _end(self, name: str) -> None:
         self._signal(name, signal.SIGKILL)
@@ -251,3 +266,22 @@ class Injector:
     def _gbps(self, name: str) -> float:
         link = next(x for x in self._live.deployment.links if f"{x.prefill}->{x.decode}" == name)
         return link.bytes_per_s / GBPS
+
+
+class _Exit:
+    """How long a child of ours that is killed now takes to end."""
+
+    def __init__(self, pid: int):
+        self._began = time.monotonic()
+        self._seconds: float | None = None
+        self._thread = threading.Thread(target=self._wait, args=(pid,), name="exit", daemon=True)
+        self._thread.start()
+
+    def _wait(self, pid: int) -> None:
+        with contextlib.suppress(ChildProcessError):  # whoever started it has reaped it
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self._seconds = time.monotonic() - self._began
+
+    def seconds(self) -> float | None:
+        self._thread.join(_EXIT_S)
+        return self._seconds

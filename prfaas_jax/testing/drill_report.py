@@ -15,6 +15,7 @@ class FaultReport:
 
     Attributes:
         detection_s: from the fault to the router's view of the server, or to the router's own silence.
+        exit_s: from SIGKILL until the operating system had ended the process, which closes its connections: nobody can know sooner.
         recovery_s: from the end of the fault until every server was used again.
         affected: requests that ran between the fault and its end.
         outcomes: how many of them came to what.
@@ -28,6 +29,7 @@ class FaultReport:
 
     fault: Fault
     detection_s: float | None
+    exit_s: float | None
     recovery_s: float
     affected: int
     outcomes: Mapping[str, int]
@@ -102,11 +104,12 @@ def table(reports: Sequence[FaultReport]) -> str:
     return "\n".join(lines)
 
 
-def summary(reports: Sequence[FaultReport], requests: int, cores: int, resolution_s: float) -> dict[str, Any]:
+def summary(reports: Sequence[FaultReport], requests: int, cores: int) -> dict[str, Any]:
     """The drill as a whole."""
     seen = {
         kind: [r.detection_s for r in reports if r.fault.kind == kind and r.detection_s is not None] for kind in ("kill", "freeze", "drain")
     }
+    killed = [(r.detection_s, r.exit_s) for r in reports if r.detection_s is not None and r.exit_s is not None]
     return {
         "faults": len(reports),
         "wrong_tokens": sum(r.wrong_tokens for r in reports),
@@ -114,9 +117,10 @@ def summary(reports: Sequence[FaultReport], requests: int, cores: int, resolutio
         "hung_requests": sum(r.hung for r in reports),
         "worst_detection_s": _worst([s for of_kind in seen.values() for s in of_kind]),
         "worst_dead_detection_s": _worst(seen["kill"]),
+        "worst_exit_s": _worst([exit_s for _, exit_s in killed]),
+        "worst_dead_detection_after_exit_s": _worst([detection_s - exit_s for detection_s, exit_s in killed]),
         "worst_frozen_detection_s": _worst(seen["freeze"]),
         "worst_drain_detection_s": _worst(seen["drain"]),
-        "detection_resolution_s": resolution_s,
         "worst_extra_ttft_s": _worst([r.extra_ttft_s for r in reports if r.extra_ttft_s is not None]),
         "most_more_fds": max((r.more_fds for r in reports), default=0),
         "most_more_threads": max((r.more_threads for r in reports), default=0),

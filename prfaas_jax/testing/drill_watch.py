@@ -15,8 +15,8 @@ from prfaas_jax.testing.live_cluster import LiveCluster, Status
 from prfaas_jax.transfer.channel import FRONT_CHANNEL_OPTIONS
 from prfaas_jax.transfer.security import NONE, Security, open_channel
 
-# A watched router says how its servers are this often; what happened between two words is seen with the second.
-RESOLUTION_S = 0.02
+# A watched router says how its servers are at least this often.
+_PERIOD_S = 0.02
 _AGAIN_S = 0.02
 _JOIN_S, _STATUS_S = 5.0, 5.0
 
@@ -32,13 +32,14 @@ class Change:
 
 
 class RouterWatch:
-    """Watches a router on a thread of its own while the block runs."""
+    """Watches a router of this machine on a thread of its own while the block runs."""
 
     def __init__(self, router: str, security: Security = NONE):
         self._router, self._security = router, security
         self._lock = threading.Lock()
         self._changes: list[Change] = []
         self._latest: dict[str, Change] = {}
+        self._heard_s = 0.0
         self._status: generation_pb2.GenerationStatus | None = None
         self._done = False
         self._call: Any = None
@@ -70,7 +71,7 @@ class RouterWatch:
             # A fresh channel each time: one that failed waits before it connects again.
             with open_channel(self._router, FRONT_CHANNEL_OPTIONS, self._security) as channel:
                 stub: Any = generation_pb2_grpc.GenerationStub(channel)
-                call = stub.Watch(common_pb2.WatchRequest(period_s=RESOLUTION_S))
+                call = stub.Watch(common_pb2.WatchRequest(period_s=_PERIOD_S))
                 with self._lock:
                     self._call = call
                     if self._done:
@@ -90,7 +91,9 @@ class RouterWatch:
             self._status = status
             self._note(Change(now, "", not status.draining, "draining" if status.draining else ""))
             for backend in status.backends:
-                self._note(Change(now, backend.address, backend.healthy, backend.why))
+                # The router knows best when that was, but not before it last said otherwise: breakers open without its servers' word.
+                self._note(Change(max(self._heard_s, backend.turned_s), backend.address, backend.healthy, backend.why))
+            self._heard_s = now
 
     def _lost(self, why: str) -> None:
         with self._lock:

@@ -186,15 +186,18 @@ def test_leftovers_name_what_is_left():
 
 def report(kind="kill", detection_s=0.05, broken=(), **fields) -> FaultReport:
     figures = {"recovery_s": 1.0, "affected": 2, "outcomes": {"as planned": 1, "resumed": 2}, "extra_ttft_s": 0.5, "extra_s": None}
-    figures |= {"wrong_tokens": 0, "leaked_pages": 0, "hung": 0, "more_fds": 1, "more_threads": 2, "machine_load": 1.5} | fields
+    figures |= {"exit_s": None, "wrong_tokens": 0, "leaked_pages": 0, "hung": 0, "more_fds": 1, "more_threads": 2, "machine_load": 1.5}
+    figures |= fields
     return FaultReport(Fault(kind, "alpha/0", "during"), detection_s, broken=broken, **figures)
 
 
 def test_the_report_adds_up():
-    reports = [report(), report("freeze", 0.9, leaked_pages=3), report("cut", None, ("tokens are wrong",), wrong_tokens=1, hung=2)]
-    found = summary(reports, 40, 2, 0.02)
+    killed = report(exit_s=0.03)
+    reports = [killed, report("freeze", 0.9, leaked_pages=3), report("cut", None, ("tokens are wrong",), wrong_tokens=1, hung=2)]
+    found = summary(reports, 40, 2)
     assert (found["faults"], found["wrong_tokens"], found["leaked_pages"], found["hung_requests"]) == (3, 1, 3, 2)
     assert (found["worst_dead_detection_s"], found["worst_frozen_detection_s"], found["worst_detection_s"]) == (0.05, 0.9, 0.9)
+    assert (found["worst_exit_s"], found["worst_dead_detection_after_exit_s"]) == (0.03, 0.02)
     assert found["worst_drain_detection_s"] is None and found["broken"] == 1
     lines = table(reports).splitlines()
     assert len(lines) == 4 and lines[1].startswith("kill alpha/0 during") and "2 resumed, 1 as planned" in lines[1]

@@ -304,7 +304,7 @@ class GenerationStatus(_message.Message):
     def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("role", "address", "healthy", "why", "engine", "cluster", "breaker")
+    __slots__ = ("role", "address", "healthy", "why", "engine", "cluster", "breaker", "turned_s")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +312,7 @@ class Backend(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     BREAKER_FIELD_NUMBER: _ClassVar[int]
+    TURNED_S_FIELD_NUMBER: _ClassVar[int]
     role: str
     address: str
     healthy: bool
@@ -319,4 +320,5 @@ class Backend(_message.Message):
     engine: _common_pb2.EngineStatus
     cluster: str
     breaker: str
-    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., cluster: _Optional[str] = ..., breaker: _Optional[str] = ...) -> None: ...
+    turned_s: float
+    def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., cluster: _Optional[str] = ..., breaker: _Optional[str] = ..., turned_s: _Optional[float] = ...) -> None: ...
