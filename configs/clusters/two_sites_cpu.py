@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
             "shadow": "",
             "shadow_parameter": -1.0,
             "rate": 2.0,
-            "requests": 100,
+            "requests": 300,
             "workload": {"mu": 6.0, "sigma": 0.8, "low": 16, "high": 1536, "output_tokens": 32, "arrivals": "poisson"},
         }
     )

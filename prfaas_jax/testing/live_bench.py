@@ -45,7 +45,8 @@ class Played:
 
     Attributes:
         rows: one per request, by arrival.
-        egress: {"time_s", one Gbit/s per link} over model time, as the relays saw it, gRPC's own bytes too.
+        egress: {"time_s", one Gbit/s per link} over model time, as the relays saw it: with gRPC's own bytes, and the probes of idle
+            links, a fortieth of them and at most 4 MiB/s.
         late_p99_s: wall seconds that the load generator was late.
         began: monotonic second of the first arrival.
         broken: what makes the run invalid.
