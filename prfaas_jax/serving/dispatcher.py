@@ -83,10 +83,11 @@ class Dispatch:
         self._tries = False  # it is the one that tries a decode server whose breaker is half-open
         self._known: set[str] = set()  # candidates that the account says something of
 
-    def placed(self, attempt: int) -> generation_pb2.GenerateEvent:
-        """For the client, so that it can come back."""
+    def placed(self, attempt: int, held: generation_pb2.Placed | None = None) -> generation_pb2.GenerateEvent:
+        """For the client, so that it can come back; `held` is what the decode server says of a request that it had already."""
         cluster = self._prefill.cluster if self._prefill is not None else ""
-        word = generation_pb2.Placed(decode_address=self.decode.address, prefill_cluster=cluster, reason=self._reason, attempt=attempt)
+        where = (cluster, self._reason) if held is None else (held.prefill_cluster, held.reason)
+        word = generation_pb2.Placed(decode_address=self.decode.address, prefill_cluster=where[0], reason=where[1], attempt=attempt)
         return generation_pb2.GenerateEvent(placed=word)
 
     def begin(self) -> None:

@@ -27,8 +27,9 @@ class TakenOver(PrfaasError):
 class _Held:
     """One request: what it has said so far, and its end."""
 
-    def __init__(self, whose: tuple[str, bytes]) -> None:
+    def __init__(self, whose: tuple[str, bytes], placement: generation_pb2.Placement) -> None:
         self.whose = whose
+        self.placement = placement
         self.told = False
         self.said: list[generation_pb2.GenerateEvent] = []
         self.changed = asyncio.Event()
@@ -58,8 +59,8 @@ class HeldRequests:
     async def attend(self, request: generation_pb2.GenerateRequest, write: Write, run: Run) -> generation_pb2.Usage:
         """Runs the request, or finds the run that there is, and writes what it says from the caller's `events_received` on.
 
-        With `held_by` it is only found. Returns its usage, unsent; raises UnknownRequest, TakenOver, RequestCancelled, or what the run
-        raised.
+        With `held_by` it is only found, and where it was placed is written first. Returns its usage, unsent; raises UnknownRequest,
+        TakenOver, RequestCancelled, or what the run raised.
         """
         if request.want_logits:
             raise InvalidInput("want_logits", True, "false for a request with an id: logits are not kept for a caller to come back to")
@@ -67,7 +68,7 @@ class HeldRequests:
         if held is None:
             if request.held_by:
                 raise UnknownRequest(f"request {request.request_id} is not held here, or not any more")
-            held = self._all[request.request_id] = _Held(whose)
+            held = self._all[request.request_id] = _Held(whose, request.placement)
             held.task = asyncio.create_task(self._run(held, run))
         if held.whose != whose:
             raise InvalidInput("request_id", request.request_id, "an id of its own: another request has it")
@@ -78,6 +79,8 @@ class HeldRequests:
         turn, at = held.readers, request.events_received
         held.changed.set()  # whoever read before sees that it is over for him
         try:
+            if request.held_by:
+                await write(generation_pb2.GenerateEvent(placed=_placed(held.placement)))
             while True:
                 held.changed.clear()
                 for event in held.said[at:]:
@@ -138,6 +141,11 @@ class HeldRequests:
         held.task.cancel()
         # Nobody may ever ask for the result of a request that failed while nobody read.
         held.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+def _placed(placement: generation_pb2.Placement) -> generation_pb2.Placed:
+    """What a router that has not placed it itself cannot know."""
+    return generation_pb2.Placed(prefill_cluster=placement.prefill_cluster if placement.prefill_address else "", reason=placement.reason)
 
 
 def _digest(request: generation_pb2.GenerateRequest) -> bytes:

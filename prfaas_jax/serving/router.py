@@ -283,11 +283,14 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
         server.calls.add(call)
         dispatch.begin()
         try:
-            if request.request_id:
+            if request.request_id and not dispatch.attached:
                 await write(dispatch.placed(attempt))  # while the request is on its way
             async for event in call:  # to its end: cancelled behind the usage, it would count as failed there
                 if event.WhichOneof("event") == "usage":
                     usage = event.usage
+                    continue
+                if event.HasField("placed"):
+                    await write(dispatch.placed(attempt, event.placed))
                     continue
                 dispatch.first_token()
                 await write(event)

@@ -48,6 +48,28 @@ def test_to_come_back_is_not_an_attempt():
         assert generate(front.address, again(prompt_of(70), 20, decode.address)).tokens == greedy(prompt_of(70), 20)
 
 
+def test_whoever_returns_is_told_where_his_prompt_is_computed():
+    """Also by a router that did not place it."""
+    prompt = prompt_of(600)
+    with (
+        prefill_server(prefill_engine(tokens_per_s=600)) as prefill,
+        decode_server() as decode,
+        router(AlwaysRemote(), decode.address, prefill.address, **QUICK) as first,
+        router(AlwaysRemote(), decode.address, prefill.address, **QUICK) as second,
+        channel(first.address) as one,
+        channel(second.address) as two,
+    ):
+        calls = [generation_pb2_grpc.GenerationStub(one).Generate(again(prompt, 4), timeout=20)]
+        told = [next(calls[0]).placed]
+        eventually(lambda: prefill_status(prefill.address).streams == 1, what="it is prefilled")
+        calls[0].cancel()
+        calls.append(generation_pb2_grpc.GenerationStub(two).Generate(again(prompt, 4, decode.address), timeout=20))
+        events = list(calls[1])
+        told.append(events[0].placed)
+        assert told[0] == told[1] and told[0].prefill_cluster == prefill.address and told[0].decode_address == decode.address
+        assert [e.token.token.id for e in events if e.HasField("token")] == greedy(prompt, 4)
+
+
 def test_whoever_returns_without_knowing_where_is_given_the_run_that_there_is():
     """His connection broke before he was told: he is placed anew, the run goes on as it was, and its account is no lie."""
     prompt = prompt_of(600)
