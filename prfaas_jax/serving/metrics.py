@@ -165,7 +165,7 @@ class GenerationMetrics(ServerMetrics):
         for name, (_, about) in _TOTALS.items():
             yield families.counter(name, f"{about} Of finished requests.", self._totals[name])
         yield families.counter("request_success", "Finished requests, by why they ended.", _read(self._finished), ("finished_reason",))
-        yield families.counter("link_bytes", "Payload as it travelled.", _read(self._link_bytes), ("prefill_address",))
+        yield families.counter("link_bytes", "Payload that arrived, as it travelled.", _read(self._link_bytes), ("prefill_address",))
 
 
 class RouterMetrics(GenerationMetrics):

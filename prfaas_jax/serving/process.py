@@ -14,6 +14,7 @@ from prfaas_jax.errors import PrfaasError
 from prfaas_jax.serving.launcher import READY, follow_parent
 
 BAD_INPUT_EXIT = 2
+_ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server(Protocol):
@@ -29,17 +30,23 @@ class Server(Protocol):
 
 
 async def serve(server: Server, describe: Callable[[], dict[str, Any]], grace_s: float) -> None:
-    """Runs `server` until SIGTERM or SIGINT. One line `READY {json}` on stdout, from `describe`, once it answers."""
+    """Runs `server` until SIGTERM or SIGINT; more of them change nothing. `READY {json}` on stdout, from `describe`, once it answers."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await server.start()
-    # What is here by now stays: collections need not walk it again and again while requests wait.
-    gc.collect()
-    gc.freeze()
-    print(READY + json.dumps(describe()), flush=True)
-    await stop.wait()
+    # Not the loop's own handlers: those end with the loop, before the process does, and the next signal would kill it.
+    for number in _ENDS:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    try:
+        await server.start()
+        # What is here by now stays: collections need not walk it again and again while requests wait.
+        gc.collect()
+        gc.freeze()
+        print(READY + json.dumps(describe()), flush=True)
+        await stop.wait()
+    finally:
+        # What follows has deadlines of its own.
+        for number in _ENDS:
+            signal.signal(number, signal.SIG_IGN)
     await server.stop(grace_s)
 
 

@@ -15,7 +15,8 @@ class Counters:
         skipped: canonical bytes that did not have to move, the receiver held them already.
         resent: payload bytes that had to be sent again, as they travel.
         recomputed_tokens: prompt tokens prefilled a second time.
-        wire: payload bytes that came over the link, first and again: fewer than moved where a codec or compression saves some.
+        wire: payload bytes that arrived over the link, first and again, as they travel: fewer than moved where a codec or compression
+            saves some. What was lost on the way is not counted.
     """
 
     moved: int = 0

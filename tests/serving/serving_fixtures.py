@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import pathlib
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import psutil
 from prfaas_jax.engine import api
 from prfaas_jax.kvcache.spec import CacheGroup, CacheSpec, LayerCache, TensorSpec
 from prfaas_jax.serving.decode_server import DecodeServer, DecodeServerOptions
+from prfaas_jax.serving.launcher import Process, Processes, environment, module_command
 from prfaas_jax.serving.prefill_server import PrefillServer, PrefillServerOptions
 from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.serving.router import Router, RouterOptions
@@ -21,6 +24,7 @@ from prfaas_jax.testing.profiled import ProfiledPrefillEngine
 from prfaas_jax.transfer.channel import CHANNEL_OPTIONS
 from prfaas_jax.transfer.security import NONE, open_channel
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 GQA = LayerCache("paged", (TensorSpec("k", 2, 8, "float32"), TensorSpec("v", 2, 8, "float32")))
 WINDOW = LayerCache("window", (TensorSpec("k", 1, 8, "bfloat16"), TensorSpec("v", 1, 4, "bfloat16")), 40)
 STATE = LayerCache("state", (TensorSpec("recurrent", 2, 16, "float32"), TensorSpec("q_tail", 1, 6, "bfloat16")))
@@ -110,6 +114,17 @@ def decode_server(engine: FakeDecodeEngine | None = None, tokenizer=None, eos_id
 def router(policy, decode: str, prefill: str = "", tokenizer=None, **options) -> Iterator[Router]:
     with serving(lambda: Router(policy, tokenizer, RouterOptions(decode=decode, prefill=prefill, **options))) as server:
         yield server
+
+
+def env() -> dict[str, str]:
+    """Of processes that find this checkout and these files."""
+    return environment(platform="cpu", moves_kv=False) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'serving'}"}
+
+
+def server_process(processes: Processes, role: str, name: str = "", **flags) -> Process:
+    """One of `profiled_servers`, ready; its log has its name."""
+    command = module_command("profiled_servers", {"role": role, **flags})
+    return processes.spawn(name or f"{role}-{len(processes._running)}", command, env(), ready_s=60)
 
 
 @dataclasses.dataclass

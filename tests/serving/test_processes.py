@@ -1,8 +1,9 @@
 """Servers as real processes: killed, frozen, terminated, started on a taken port, orphaned."""
 
+import contextlib
+import errno
+import itertools
 import json
-import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -15,8 +16,11 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving_fixtures import (
+    ROOT,
     channel,
+    decode_engine,
     decode_server,
+    env,
     error_of,
     eventually,
     generate,
@@ -28,15 +32,17 @@ from serving_fixtures import (
     prefill_status,
     prompt_of,
     request,
+    server_process,
+    serving,
 )
 
 from prfaas_jax.errors import InvalidInput
-from prfaas_jax.serving.decode_server import DecodeServerOptions
-from prfaas_jax.serving.launcher import LaunchFailed, Processes, environment, module_command, spawn
-from prfaas_jax.serving.prefill_server import PrefillServerOptions
+from prfaas_jax.serving.decode_server import DecodeServer, DecodeServerOptions
+from prfaas_jax.serving.launcher import LaunchFailed, Processes, module_command, spawn
+from prfaas_jax.serving.pd_server import ServerPair
+from prfaas_jax.serving.prefill_server import PrefillServer, PrefillServerOptions
 from prfaas_jax.testing.relay import Relay
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPT = prompt_of(300)
 SLOW = 100.0  # tokens per second: a prefill of 3 s
 
@@ -45,16 +51,6 @@ SLOW = 100.0  # tokens per second: a prefill of 3 s
 def processes(tmp_path):
     with Processes(tmp_path, grace_s=5) as running:
         yield running
-
-
-def env() -> dict[str, str]:
-    return environment(platform="cpu", moves_kv=False) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'serving'}"}
-
-
-def server(processes: Processes, role: str, **flags):
-    flag_list = [f"--{name}={value}" for name, value in {"role": role, **flags}.items()]
-    name = f"{role}-{len(processes._running)}"
-    return processes.spawn(name, [sys.executable, str(ROOT / "tests" / "serving" / "profiled_servers.py"), *flag_list], env(), ready_s=60)
 
 
 def health(address: str) -> int:
@@ -87,7 +83,7 @@ class Background:
 
 @pytest.mark.parametrize("allow_fallback", [True, False])
 def test_a_killed_prefill_server_is_a_counted_fallback_at_once(processes, allow_fallback):
-    prefill = server(processes, "prefill", tokens_per_s=SLOW)
+    prefill = server_process(processes, "prefill", tokens_per_s=SLOW)
     address = prefill.ready["address"]
     with decode_server() as decode:
         call = Background(decode.address, request(PROMPT, 4, address, allow_fallback))
@@ -111,7 +107,7 @@ def test_a_killed_prefill_server_is_a_counted_fallback_at_once(processes, allow_
 
 
 def test_a_frozen_prefill_server_is_a_fallback_and_forgets_when_it_thaws(processes):
-    prefill = server(processes, "prefill", tokens_per_s=SLOW)
+    prefill = server_process(processes, "prefill", tokens_per_s=SLOW)
     address = prefill.ready["address"]
     with decode_server(idle_s=1.0) as decode:
         call = Background(decode.address, request(PROMPT, 4, address, allow_fallback=True))
@@ -141,7 +137,7 @@ def test_a_dead_prefill_server_is_an_error_in_bounded_time_or_a_fallback():
 
 
 def test_a_prefill_server_that_comes_back_is_used_again(processes):
-    first = server(processes, "prefill")
+    first = server_process(processes, "prefill")
     address = first.ready["address"]
     with decode_server() as decode:
 
@@ -151,12 +147,12 @@ def test_a_prefill_server_that_comes_back_is_used_again(processes):
         assert placed() == "remote"
         first.stop()
         assert placed() == "local"
-        server(processes, "prefill", address=address)
+        server_process(processes, "prefill", address=address)
         eventually(lambda: placed() == "remote", 5, "the channel reconnects")
 
 
 def test_a_killed_decode_server_frees_the_prefill_server(processes):
-    decode = server(processes, "decode")
+    decode = server_process(processes, "decode")
     with prefill_server(prefill_engine(tokens_per_s=SLOW)) as prefill:
         call = Background(decode.ready["address"], request(PROMPT, 4, prefill.address))
         eventually(lambda: prefill_status(prefill.address).engine.tokens_prefilled >= 64)
@@ -167,8 +163,8 @@ def test_a_killed_decode_server_frees_the_prefill_server(processes):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(processes, role):
-    prefill = server(processes, "prefill", tokens_per_s=100.0)
-    decode = server(processes, "decode", step_s=0.01)
+    prefill = server_process(processes, "prefill", tokens_per_s=100.0)
+    decode = server_process(processes, "decode", step_s=0.01)
     stopped, message = {"prefill": prefill, "decode": decode}[role], request(PROMPT, 20, prefill.ready["address"])
     assert health(stopped.ready["address"]) == health_pb2.HealthCheckResponse.SERVING
     call = Background(decode.ready["address"], message)
@@ -179,6 +175,23 @@ def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(processes, ro
     assert late.code() is grpc.StatusCode.UNAVAILABLE and "shutting down" in late.details()
     assert call.join().answer.tokens == greedy(PROMPT, 20)
     assert stopped.popen.wait(10) == 0
+
+
+def test_signals_after_the_first_one_change_nothing(processes):
+    """They come until the process is gone: nothing that it finishes is cut, and it ends as it would have."""
+    prefill = server_process(processes, "prefill", tokens_per_s=400.0)
+    sent = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+
+    def ended() -> bool:
+        prefill.signal_group(next(sent))
+        return prefill.popen.poll() is not None
+
+    with decode_server() as decode:
+        call = Background(decode.address, request(PROMPT, 4, prefill.ready["address"]))
+        eventually(lambda: prefill_status(prefill.ready["address"]).engine.running == 1)
+        eventually(ended, 20)
+        assert call.join().answer.tokens == greedy(PROMPT, 4) and call.answer.usage.placement == "remote"
+    assert prefill.popen.returncode == 0
 
 
 def test_a_port_in_use_is_named():
@@ -197,13 +210,28 @@ def test_a_port_in_use_is_named():
         eventually(lambda: threading.active_count() <= threads, what="threads of servers that never were")
 
 
+def test_a_pair_of_servers_serves_whole_or_not_at_all():
+    with socket.socket() as taken, contextlib.closing(prefill_engine()) as prefill, contextlib.closing(decode_engine()) as decode:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        servers = PrefillServer(prefill, PrefillServerOptions()), DecodeServer(decode, None, DecodeServerOptions(address))
+        pair = ServerPair(*servers)
+        with pytest.raises(InvalidInput, match=f"address='{address}'"), serving(lambda: pair):
+            pass
+        for port in (pair.prefill.address, *pair.prefill.lane_addresses):
+            assert not port.endswith(":0"), "it was bound"
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", int(port.rpartition(":")[2]))) == errno.ECONNREFUSED
+
+
 def test_a_port_in_use_ends_the_process_with_a_message(processes):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(LaunchFailed, match=f"ended with code 2 .*(?s:.*)error: address='{address}'"):
-            server(processes, "decode", address=address)
+            server_process(processes, "decode", address=address)
 
 
 @pytest.mark.parametrize("options", [PrefillServerOptions, DecodeServerOptions])

@@ -11,6 +11,7 @@ from serving_fixtures import (
     error_of,
     eventually,
     generate,
+    generation_status,
     greedy,
     idle,
     prefill_engine,
@@ -169,8 +170,6 @@ def test_auto_compresses_nothing_on_a_fast_link_and_never_loses_bits_unless_allo
 
 
 def test_the_link_is_measured_and_reported():
-    from serving_fixtures import generation_status
-
     prompt = prompt_of(4000)
     with through_relays(gbps=0.02) as (_, decode, _lane, control):
         usage = generate(decode.address, request(prompt, 4, prefill=control.address)).usage

@@ -2,21 +2,21 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving_fixtures import (
+    ROOT,
     SPEC,
     channel,
     decode_server,
+    env,
     error_of,
     eventually,
     generate,
@@ -27,12 +27,13 @@ from serving_fixtures import (
     prompt_of,
     request,
     router,
+    server_process,
 )
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.policies import make_policy
 from prfaas_jax.serving.decode_server import DecodeServerOptions
-from prfaas_jax.serving.launcher import LaunchFailed, Processes, environment, module_command
+from prfaas_jax.serving.launcher import LaunchFailed, Processes, module_command
 from prfaas_jax.serving.prefill_server import PrefillServerOptions
 from prfaas_jax.serving.router import RouterOptions
 from prfaas_jax.testing.certificates import TOKEN_FILE, CertificateOptions, make_certificates
@@ -40,7 +41,6 @@ from prfaas_jax.transfer.channel import LANE_CHANNEL_OPTIONS
 from prfaas_jax.transfer.lane import METHOD
 from prfaas_jax.transfer.security import Security, open_channel
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPT = prompt_of(300)
 PROMPTLY_S = 5.0
 
@@ -200,19 +200,10 @@ def test_servers_listen_beyond_loopback_only_with_tls_or_insecure(ours, options,
 # --- processes ---------------------------------------------------------------------------------------------------------------------
 
 
-def env() -> dict[str, str]:
-    return environment(platform="cpu", moves_kv=False) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'serving'}"}
-
-
-def server(processes: Processes, role: str, **options):
-    flag_list = module_command("", {"role": role, "verbosity": 1, **options})[3:]
-    return processes.spawn(role, [sys.executable, str(ROOT / "tests" / "serving" / "profiled_servers.py"), *flag_list], env(), ready_s=60)
-
-
 def test_bad_files_end_a_server_before_it_loads_a_model(tmp_path, ours):
     with Processes(tmp_path) as processes:
         with pytest.raises(LaunchFailed, match=r"ended with code 2 .*(?s:.*)error: tls_key='/nowhere': expected a readable file"):
-            server(processes, "prefill", **flags(ours.security("prefill")) | {"tls_key": "/nowhere"})
+            server_process(processes, "prefill", **flags(ours.security("prefill")) | {"tls_key": "/nowhere"})
         # Before the checkpoint, which is not there either, is looked for.
         command = module_command("experiments.serve_decode", {"checkpoint": "/nowhere", "token_file": ours.out, "insecure": True})
         with pytest.raises(LaunchFailed, match=r"ended with code 2 .*(?s:.*)error: token_file="):
@@ -230,8 +221,8 @@ def test_logs_hold_no_prompt_and_no_token(tmp_path, ours, theirs):
     )
     (tmp_path / "ids.json").write_text(json.dumps([ids]))
     with Processes(tmp_path / "logs") as processes:
-        prefill = server(processes, "prefill", **flags(ours.security("prefill")))
-        decode = server(processes, "decode", **flags(ours.security("decode")))
+        prefill = server_process(processes, "prefill", "prefill", verbosity=1, **flags(ours.security("prefill")))
+        decode = server_process(processes, "decode", "decode", verbosity=1, **flags(ours.security("decode")))
         there = {"decode": decode.ready["address"], "prefill": prefill.ready["address"], "report_s": 0.2}
         command = module_command(
             "experiments.serve_router", {**there, **flags(ours.security("router")), "policy": "always_remote", "verbosity": 1}
