@@ -7,7 +7,6 @@ are finished within --grace_s, exit 0. Other than loopback addresses take TLS (-
 """
 
 import asyncio
-from typing import Any
 
 from absl import flags
 
@@ -34,16 +33,10 @@ def main(argv: list[str]) -> None:
     engine, loaded = build_decode(engine_options, load_model_config)
     tokenizer = Tokenizer.load(loaded.tokenizer_path) if loaded.tokenizer_path else None
     try:
-        asyncio.run(_serve(DecodeServer(engine, tokenizer, options, loaded.eos_ids)))
+        server = DecodeServer(engine, tokenizer, options, loaded.eos_ids)
+        asyncio.run(serve(server, lambda: {**server.addresses, "fingerprint": server.fingerprint}, GRACE_S.value))
     finally:
         engine.close()
-
-
-async def _serve(server: DecodeServer) -> None:
-    def describe() -> dict[str, Any]:
-        return {"address": server.address, "metrics_address": server.metrics_address, "fingerprint": server.fingerprint}
-
-    await serve(server, describe, GRACE_S.value)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ SIGTERM drains it. Other than loopback addresses take TLS (--tls_ca, ..; --decod
 """
 
 import asyncio
-from typing import Any
 
 from absl import flags
 
 from experiments import dataclass_flags
 from prfaas_jax.engine.options import EngineOptions
 from prfaas_jax.serving.decode_server import DecodeServerOptions
-from prfaas_jax.serving.pd_server import PdServer
+from prfaas_jax.serving.pd_server import PdRole, PdServer
 from prfaas_jax.serving.prefill_server import PrefillServerOptions
 from prfaas_jax.serving.process import run_main, serve
 
@@ -40,35 +39,12 @@ def main(argv: list[str]) -> None:
     prefill, decode, loaded = build_pd(engine_options, load_model_config)
     tokenizer = Tokenizer.load(loaded.tokenizer_path) if loaded.tokenizer_path else None
     try:
-        asyncio.run(
-            _serve(
-                PdServer(
-                    "prefill" if ROLE.value == "prefill" else "decode",
-                    (prefill, prefill_options),
-                    (decode, decode_options),
-                    tokenizer,
-                    loaded.eos_ids,
-                )
-            )
-        )
+        role: PdRole = "prefill" if ROLE.value == "prefill" else "decode"
+        server = PdServer(role, (prefill, prefill_options), (decode, decode_options), tokenizer, loaded.eos_ids)
+        asyncio.run(serve(server, server.describe, GRACE_S.value))
     finally:
         prefill.close()
         decode.close()
-
-
-async def _serve(server: PdServer) -> None:
-    def describe() -> dict[str, Any]:
-        return {
-            "prefill": {
-                "address": server.prefill.address,
-                "lane_addresses": server.prefill.lane_addresses,
-                "metrics_address": server.prefill.metrics_address,
-            },
-            "decode": {"address": server.decode.address, "metrics_address": server.decode.metrics_address},
-            "fingerprint": server.prefill.fingerprint,
-        }
-
-    await serve(server, describe, GRACE_S.value)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ running work is finished within --grace_s, exit 0. Other than loopback addresses
 """
 
 import asyncio
-from typing import Any
 
 from absl import flags
 
@@ -32,17 +31,10 @@ def main(argv: list[str]) -> None:
 
     engine, _ = build_prefill(engine_options, load_model_config)
     try:
-        asyncio.run(_serve(PrefillServer(engine, options)))
+        server = PrefillServer(engine, options)
+        asyncio.run(serve(server, lambda: {**server.addresses, "fingerprint": server.fingerprint}, GRACE_S.value))
     finally:
         engine.close()
-
-
-async def _serve(server: PrefillServer) -> None:
-    def describe() -> dict[str, Any]:
-        where = {"address": server.address, "lane_addresses": server.lane_addresses, "metrics_address": server.metrics_address}
-        return {**where, "fingerprint": server.fingerprint}
-
-    await serve(server, describe, GRACE_S.value)
 
 
 if __name__ == "__main__":

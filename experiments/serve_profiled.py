@@ -9,8 +9,6 @@ wall seconds, the process was with what its instances did. Every process of a cl
 """
 
 import asyncio
-import time
-from typing import Any
 
 from absl import flags
 
@@ -22,8 +20,9 @@ from prfaas_jax.models.source import read_config
 from prfaas_jax.results import headline
 from prfaas_jax.scheduling.profiles import FittedPrefill, Instance
 from prfaas_jax.serving.decode_server import DecodeServer, DecodeServerOptions
+from prfaas_jax.serving.pd_server import ServerPair
 from prfaas_jax.serving.prefill_server import PrefillServer, PrefillServerOptions
-from prfaas_jax.serving.process import Server, run_main, serve
+from prfaas_jax.serving.process import run_main, serve
 from prfaas_jax.testing.profiled_cluster import ProfiledCluster
 from prfaas_jax.testing.scaled_spec import scaled_spec
 
@@ -75,7 +74,10 @@ def main(argv: list[str]) -> None:
         verify=VERIFY.value,
     )
     try:
-        asyncio.run(_serve(cluster, prefill_options, decode_options, byte_scale))
+        engine = cluster.decode_engine
+        decode = None if engine is None else DecodeServer(engine, None, decode_options, convert=cluster.convert)
+        servers = ServerPair(PrefillServer(cluster.prefill_engine, prefill_options), decode)
+        asyncio.run(serve(servers, lambda: {**servers.describe(), "byte_scale": byte_scale}, GRACE_S.value))
     finally:
         cluster.close()
     headline({"max_late_s": cluster.kernel.max_late_s, "mean_late_s": cluster.kernel.mean_late_s})
@@ -97,50 +99,6 @@ def _instance() -> Instance:
     if profile is None and tokens_per_s is not None:
         return Instance("constant pace", FittedPrefill(0.0, 1e4 / tokens_per_s, max_tokens=1 << 20))
     raise InvalidInput("profile", profile, "either a profile or tokens_per_s")
-
-
-class _Servers:
-    """A prefill server and, where the cluster can decode, a decode server; as `serve` takes them."""
-
-    def __init__(self, cluster: ProfiledCluster, prefill: PrefillServerOptions, decode: DecodeServerOptions):
-        self.prefill = PrefillServer(cluster.prefill_engine, prefill)
-        engine = cluster.decode_engine
-        self.decode = None if engine is None else DecodeServer(engine, None, decode, convert=cluster.convert)
-        self._all: list[Server] = [self.prefill, *([self.decode] if self.decode is not None else [])]
-
-    async def start(self) -> None:
-        """Binds and serves."""
-        await self.prefill.start()
-        if self.decode is not None:
-            try:
-                await self.decode.start()
-            except BaseException:
-                await self.prefill.stop(0)
-                raise
-
-    async def stop(self, grace_s: float) -> None:
-        """Decode first, whose requests may still want prompts computed; one grace for both."""
-        deadline = time.monotonic() + grace_s
-        for server in reversed(self._all):
-            await server.stop(max(0.0, deadline - time.monotonic()))
-
-
-async def _serve(cluster: ProfiledCluster, prefill: PrefillServerOptions, decode: DecodeServerOptions, byte_scale: float) -> None:
-    servers = _Servers(cluster, prefill, decode)
-
-    def describe() -> dict[str, Any]:
-        return {
-            "prefill": {
-                "address": servers.prefill.address,
-                "lane_addresses": servers.prefill.lane_addresses,
-                "metrics_address": servers.prefill.metrics_address,
-            },
-            "decode": servers.decode and {"address": servers.decode.address, "metrics_address": servers.decode.metrics_address},
-            "byte_scale": byte_scale,
-            "fingerprint": servers.prefill.fingerprint,
-        }
-
-    await serve(servers, describe, GRACE_S.value)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -13,12 +12,11 @@ import grpc
 
 from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.serving import messages
-from prfaas_jax.serving.bulletin import Bulletin
-from prfaas_jax.serving.control_plane import ControlPlane
+from prfaas_jax.serving.controlled_server import ControlledServer
 from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.held import RequestCancelled, TakenOver, UnknownRequest
 from prfaas_jax.serving.metrics import GenerationMetrics
-from prfaas_jax.serving.proto import common_pb2, generation_pb2, generation_pb2_grpc
+from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
 from prfaas_jax.serving.usage import InvalidRun
 from prfaas_jax.transfer.channel import FRONT_SERVER_OPTIONS
@@ -62,56 +60,22 @@ class FrontOptions(Security):
                 raise InvalidInput(field, getattr(self, field), "a positive number")
 
 
-class GenerationFront(generation_pb2_grpc.GenerationServicer):
+class GenerationFront(ControlledServer, generation_pb2_grpc.GenerationServicer):
     """Base of DecodeServer and Router, which give `_generate`."""
+
+    _metrics: GenerationMetrics
 
     def __init__(self, options: FrontOptions, metrics: type[GenerationMetrics] = GenerationMetrics):
         self._front = options
-        self._plane = ControlPlane(options.address, SERVICE, options, FRONT_SERVER_OPTIONS)
-        self._bulletin = Bulletin(self._status)
-        self._metrics = metrics(self._status, options.metrics_address, options)
-        self._boot = uuid.uuid4().hex
-        self._standby = False
+        super().__init__(options.address, SERVICE, metrics(self._status, options.metrics_address, options), options, FRONT_SERVER_OPTIONS)
         self._streams = 0
         self._request_s = 0.0
         self._fallbacks = 0
         self._served: collections.Counter[str] = collections.Counter()
         self._failed: collections.Counter[str] = collections.Counter()
 
-    @property
-    def address(self) -> str:
-        """host:port as bound."""
-        return self._plane.address
-
-    @property
-    def metrics_address(self) -> str:
-        """host:port of the metrics as bound; empty without any."""
-        return self._metrics.address
-
-    async def start(self) -> None:
-        """Binds and serves; raises InvalidInput naming an address that cannot be bound."""
-        await self._metrics.start()
-        try:
-            self._plane.bind(self._add)
-        except InvalidInput:
-            await self._metrics.stop()
-            raise
-        await self._plane.start()
-
     def _add(self, server: Any) -> None:
         generation_pb2_grpc.add_GenerationServicer_to_server(self, server)
-
-    async def stop(self, grace_s: float) -> None:
-        """NOT_SERVING at once; running requests get `grace_s` seconds, then they are cut."""
-        self._plane.draining = True
-        self._bulletin.changed()
-        await self._plane.stop(grace_s, lambda: self.busy)
-        await self._metrics.stop()
-
-    def stand_by(self, standby: bool) -> None:
-        """Takes no new requests from now on, or takes them again; what is here is finished."""
-        self._standby = standby
-        self._bulletin.changed()
 
     @property
     def busy(self) -> int:
@@ -152,20 +116,12 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
             self._failed[grpc.StatusCode.CANCELLED.name] += 1
             raise
 
-    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> generation_pb2.GenerationStatus:
-        """See generation.proto."""
-        return self._status()
-
-    async def Watch(self, request: common_pb2.WatchRequest, context: Any) -> None:
-        """See generation.proto."""
-        await self._bulletin.watch(request, context)
-
     def _status(self) -> generation_pb2.GenerationStatus:
         return generation_pb2.GenerationStatus(
             boot=self._boot,
             streams=self._streams,
             fallbacks=self._fallbacks,
-            draining=self._plane.draining,
+            draining=self.draining,
             served=self._served,
             failed=self._failed,
         )
@@ -180,8 +136,8 @@ class GenerationFront(generation_pb2_grpc.GenerationServicer):
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
         """A request is being served, while the block runs; raises NotServing or Exhausted."""
-        if self._plane.draining or self._standby:
-            raise NotServing("this server is shutting down" if self._plane.draining else "this server stands by: it has another role")
+        if self.draining or self._standby:
+            raise NotServing("this server is shutting down" if self.draining else "this server stands by: it has another role")
         if self._streams >= self._front.max_requests:
             raise Exhausted(f"{self._streams} requests are being served (max_requests={self._front.max_requests})")
         began = time.monotonic()

@@ -1,7 +1,8 @@
-"""A PD server: one process that prefills or decodes, and changes its role without a restart."""
+"""Two servers in one process; with instances that take either role, a PD server: it prefills or decodes, and changes without a restart."""
 
 import asyncio
-from typing import Literal
+import time
+from typing import Any, Literal
 
 from absl import logging
 
@@ -16,16 +17,52 @@ _DRAIN_POLL_S = 0.02
 _BEGIN_S = 10.0
 
 
-class PdServer:
+class ServerPair:
+    """A prefill server and, where there is one, a decode server: started, ended and described as one.
+
+    Attributes:
+        prefill: answers on ports of its own.
+        decode: likewise.
+    """
+
+    def __init__(self, prefill: PrefillServer, decode: DecodeServer | None):
+        self.prefill, self.decode = prefill, decode
+
+    async def start(self) -> None:
+        """Binds and serves; raises InvalidInput naming an address that cannot be bound."""
+        await self.prefill.start()
+        if self.decode is not None:
+            try:
+                await self.decode.start()
+            except BaseException:
+                await self.prefill.stop(0)
+                raise
+
+    async def stop(self, grace_s: float) -> None:
+        """Decode first, whose requests may still want prompts computed; one grace of `grace_s` seconds for both."""
+        deadline = time.monotonic() + grace_s
+        if self.decode is not None:
+            await self.decode.stop(grace_s)
+        await self.prefill.stop(max(0.0, deadline - time.monotonic()))
+
+    def describe(self) -> dict[str, Any]:
+        """What its READY line says."""
+        decode = self.decode.addresses if self.decode is not None else None
+        return {"prefill": self.prefill.addresses, "decode": decode, "fingerprint": self.prefill.fingerprint}
+
+
+class PdServer(ServerPair):
     """Two servers over two engines of the same weights: one works, the other stands by. `start` and `stop` run on the serving event loop.
 
     Converting, the one that works stands by at once and finishes what it has; then the other one takes over. Engines stay the caller's.
 
     Attributes:
-        prefill: answers on a port of its own in either role.
+        prefill: answers in either role.
         decode: likewise; Convert is asked of it.
         role: what the process does; during a conversion what it did before.
     """
+
+    decode: DecodeServer
 
     def __init__(
         self,
@@ -36,26 +73,20 @@ class PdServer:
         eos_ids: tuple[int, ...] = (),
     ):
         self.role = role
-        self.prefill = PrefillServer(*prefill)
-        self.decode = DecodeServer(decode[0], tokenizer, decode[1], eos_ids, convert=self.convert)
+        super().__init__(PrefillServer(*prefill), DecodeServer(decode[0], tokenizer, decode[1], eos_ids, convert=self.convert))
         self._servers: dict[PdRole, PrefillServer | DecodeServer] = {"prefill": self.prefill, "decode": self.decode}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._conversion: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Binds and serves; raises InvalidInput naming an address that cannot be bound."""
+        """See ServerPair.start."""
         self._loop = asyncio.get_running_loop()
         for role, server in self._servers.items():
             server.stand_by(role != self.role)
-        await self.prefill.start()
-        try:
-            await self.decode.start()
-        except BaseException:
-            await self.prefill.stop(0)
-            raise
+        await super().start()
 
     async def stop(self, grace_s: float) -> None:
-        """NOT_SERVING at once; what runs gets `grace_s` seconds, then it is cut."""
+        """NOT_SERVING at once, both: neither wants anything of the other one. What runs gets `grace_s` seconds, then it is cut."""
         if self._conversion is not None:
             self._conversion.cancel()
             await asyncio.wait({self._conversion})

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-import uuid
 from typing import Any
 
 import grpc
@@ -15,12 +14,11 @@ from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError, TransferErro
 from prfaas_jax.kvcache.segments import SegmentKey
 from prfaas_jax.kvcache.spec import CacheSpec
 from prfaas_jax.serving import messages
-from prfaas_jax.serving.bulletin import Bulletin
-from prfaas_jax.serving.control_plane import ControlPlane
+from prfaas_jax.serving.controlled_server import ControlledServer
 from prfaas_jax.serving.events import EventQueue
 from prfaas_jax.serving.joining import JoinOptions, Membership
 from prfaas_jax.serving.metrics import PrefillMetrics
-from prfaas_jax.serving.proto import common_pb2, prefill_pb2, prefill_pb2_grpc
+from prfaas_jax.serving.proto import prefill_pb2, prefill_pb2_grpc
 from prfaas_jax.transfer.child import MAX_PROCESSES
 from prfaas_jax.transfer.endpoint import parse_advertised
 from prfaas_jax.transfer.lane import LaneServer
@@ -121,31 +119,17 @@ def _outbox(spec: CacheSpec, options: PrefillServerOptions) -> tuple[Outbox, Lan
     return outbox, LaneServer(outbox, options.lane_address, **lane)
 
 
-class PrefillServer(prefill_pb2_grpc.PrefillServicer):
+class PrefillServer(ControlledServer, prefill_pb2_grpc.PrefillServicer):
     """Serves one engine. `start` and `stop` run on the event loop that serves; the engine stays the caller's to close."""
 
     def __init__(self, engine: api.PrefillEngine, options: PrefillServerOptions):
+        super().__init__(options.address, SERVICE, PrefillMetrics(self._status, options.metrics_address, options), options)
         self._engine = engine
         self._options = options
         self._outbox, self._lanes = _outbox(engine.spec, options)
-        self._plane = ControlPlane(options.address, SERVICE, options)
-        self._bulletin = Bulletin(self._status)
-        self._metrics = PrefillMetrics(self._status, options.metrics_address, options)
         self._membership = Membership(options, "prefill", options)
-        self._boot = uuid.uuid4().hex
-        self._standby = False
         self._streams: dict[str, _Stream] = {}
         self._sweeper: asyncio.Task[None] | None = None
-
-    @property
-    def address(self) -> str:
-        """host:port of the control plane, as bound."""
-        return self._plane.address
-
-    @property
-    def metrics_address(self) -> str:
-        """host:port of the metrics as bound; empty without any."""
-        return self._metrics.address
 
     @property
     def fingerprint(self) -> str:
@@ -157,38 +141,40 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
         """host:port of the lanes of each sender process, as bound; peers are told `advertise_lane` where that was given."""
         return self._lanes.addresses
 
+    @property
+    def addresses(self) -> dict[str, Any]:
+        """See ControlledServer.addresses; the lanes, too."""
+        return {**super().addresses, "lane_addresses": self.lane_addresses}
+
     async def start(self) -> None:
         """Binds its ports and serves; raises InvalidInput naming an address that cannot be bound."""
         await asyncio.to_thread(self._lanes.start)
         try:
-            await self._metrics.start()
-            self._plane.bind(lambda server: prefill_pb2_grpc.add_PrefillServicer_to_server(self, server))
-        except InvalidInput:
-            await self._metrics.stop()
+            await super().start()
+        except BaseException:
             await asyncio.to_thread(self._lanes.stop, 0)
             raise
-        await self._plane.start()
         self._membership.start(self.address)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING at once; running prompts and fetches get `grace_s` seconds, then everything is cut."""
-        self._plane.draining = True
-        self._bulletin.changed()
-        await asyncio.gather(self._plane.stop(grace_s, lambda: self.busy), self._membership.stop())
+        await asyncio.gather(super().stop(grace_s), self._membership.stop())
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
         await asyncio.to_thread(self._lanes.stop, 0)
-        await self._metrics.stop()
+
+    def _add(self, server: Any) -> None:
+        prefill_pb2_grpc.add_PrefillServicer_to_server(self, server)
 
     # --- the service ---------------------------------------------------------------------------------------------------------
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> None:
         """See prefill.proto."""
         received = time.monotonic()
-        if self._plane.draining or (self._standby and not request.resume_ticket):
-            why = "is shutting down" if self._plane.draining else "stands by: its instance has another role"
+        if self.draining or (self._standby and not request.resume_ticket):
+            why = "is shutting down" if self.draining else "stands by: its instance has another role"
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"this prefill server {why}")
         try:
             stream = self._find(request) if request.resume_ticket else self._open(request)
@@ -226,7 +212,7 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             if stream.attached is None and not stream.last_words:
                 self._forget(stream)
 
-        asyncio.get_running_loop().call_later(0.0 if self._plane.draining else self._options.detach_s, abandon)
+        asyncio.get_running_loop().call_later(0.0 if self.draining else self._options.detach_s, abandon)
 
     def _forget(self, stream: _Stream) -> None:
         """Nothing of a request that will not be fetched stays behind."""
@@ -245,14 +231,6 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             self._forget(stream)
         return prefill_pb2.ReleaseReply()
 
-    async def Status(self, request: common_pb2.StatusRequest, context: Any) -> prefill_pb2.PrefillStatus:
-        """See prefill.proto."""
-        return self._status()
-
-    async def Watch(self, request: common_pb2.WatchRequest, context: Any) -> None:
-        """See prefill.proto."""
-        await self._bulletin.watch(request, context)
-
     def _status(self) -> prefill_pb2.PrefillStatus:
         status = self._engine.status()
         return prefill_pb2.PrefillStatus(
@@ -263,16 +241,11 @@ class PrefillServer(prefill_pb2_grpc.PrefillServicer):
             tickets=len(self._outbox.tickets),
             staged_bytes=self._outbox.bytes_held,
             streams=self._attached,
-            draining=self._plane.draining,
+            draining=self.draining,
             codecs=self._engine.codecs,
             boot=self._boot,
             standby=self._standby or not status.instances,
         )
-
-    def stand_by(self, standby: bool) -> None:
-        """Takes no new prompts from now on, or takes them again; what is here is finished."""
-        self._standby = standby
-        self._bulletin.changed()
 
     @property
     def busy(self) -> int:

@@ -1,4 +1,4 @@
-"""A prefill or decode server without a model, as a process: `python profiled_servers.py --role=prefill`."""
+"""A prefill or decode server without a model, as a process: `python -m profiled_servers --role=prefill`."""
 
 import asyncio
 import dataclasses

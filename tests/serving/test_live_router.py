@@ -227,7 +227,7 @@ def test_local_means_the_prefill_server_beside_and_then_the_decode_server_itself
             assert (short.prefill_address, short.prefill_cluster) == (near.address, "home")
             assert (long.prefill_address, long.prefill_cluster) == (far.address, "far")
             assert short.kv_bytes_moved == SPEC.bytes(60) and long.kv_bytes_moved == SPEC.bytes(200)
-            near._plane.draining = True
+            near.draining = True
             near._bulletin.changed()
             message = request(prompt_of(60), allow_fallback=True)  # for one that meets it before the router hears of it
             eventually(lambda: generate(front.address, message).usage.placement == "local", what="the last resort")

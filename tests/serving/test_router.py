@@ -80,9 +80,9 @@ def test_a_prefill_server_that_drains_gets_nothing_and_one_that_returns_does():
             return usage.placement, usage.fallbacks
 
         assert placed() == ("remote", 0)
-        first._plane.draining = True
+        first.draining = True
         eventually(lambda: placed() == ("local", 0), what="the router keeps away")
-        first._plane.draining = False
+        first.draining = False
         eventually(lambda: placed() == ("remote", 0), what="the router comes back")
 
 
