@@ -22,9 +22,14 @@ from prfaas_jax.scheduling.throughput import CaseStudy
 from prfaas_jax.scheduling.topology import Topology
 from prfaas_jax.scheduling.view import ClusterView, Placement, Policy, Request
 
-# Requests that a controller remembers to know the mix by, and how few tell it nothing yet.
+# Requests that a controller remembers to know the mix by, and how few tell it nothing yet; to move instances takes more.
 WINDOW = 2048
 FEWEST = 64
+FEWEST_FOR_ROLES = 256
+# How often prices are solved: the control period.
+CONTROL_PERIOD_S = 30.0
+# The long run of a link: the mean over so much time, or a rate that it has kept for so long.
+_WINDOW_S, _STEADY_S = 300.0, 40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +78,33 @@ class RecentMix:
         self._rows.append((request.tokens, request.output_tokens, min(near, most), min(far, most)))
         self.count += 1
 
-    def mix(self) -> Mix | None:
-        """None as long as too few were seen."""
-        if len(self._rows) < FEWEST:
+    def mix(self, fewest: int = FEWEST) -> Mix | None:
+        """None as long as fewer were seen."""
+        if len(self._rows) < fewest:
             return None
         tokens, output, near, far = np.array(self._rows, np.float64).T
         return Mix.of(tokens, output, cached_pd=near, cached_prfaas=far)
 
 
-class AverageRates:
-    """What each link moves, as an exponential mean over the last `window_s` seconds."""
+class LastingRates:
+    """What each link moves in the long run: the rate that it keeps, where it does, else its mean over the last `window_s`.
 
-    def __init__(self, window_s: float):
-        if not window_s > 0:
-            raise InvalidInput("window_s", window_s, "seconds above zero")
-        self._window_s = window_s
+    It keeps one that it has had for `steady_s`, or, where the one before did not last for `window_s`, for twice as long as that one. So a
+    change that lasts counts soon, and a link that goes up and down counts as its mean (an exponential one), as does one that is down: an
+    outage ends.
+
+    Attributes:
+        rates: (prefill, decode) -> bytes/s.
+    """
+
+    def __init__(self, window_s: float, steady_s: float):
+        for field, value in (("window_s", window_s), ("steady_s", steady_s)):
+            if not value > 0:
+                raise InvalidInput(field, value, "seconds above zero")
+        self._window_s, self._steady_s = window_s, steady_s
         self._seen_at = -math.inf
+        self._means: dict[tuple[str, str], float] = {}
+        self._levels: dict[tuple[str, str], _Level] = {}
         self.rates: dict[tuple[str, str], float] = {}
 
     def add(self, view: ClusterView, now: float) -> None:
@@ -96,22 +112,54 @@ class AverageRates:
         share = 1.0 if self._seen_at == -math.inf else 1 - math.exp(-(now - self._seen_at) / self._window_s)
         self._seen_at = now
         for pair, rate in link_rates(view).items():
-            before = self.rates.get(pair, rate)
-            self.rates[pair] = before + share * (rate - before)
+            before = self._means.get(pair, rate)
+            self._means[pair] = before + share * (rate - before)
+            level = self._levels.setdefault(pair, _Level(-math.inf, 0.0))
+            if not level.keeps(rate):
+                lasted = now - level.since
+                level = self._levels[pair] = _Level(now, max(self._steady_s, 2 * lasted if lasted < self._window_s else 0.0))
+            level.take(rate)
+            lasts = level.mean and now - level.since >= level.steady_s
+            self.rates[pair] = level.mean if lasts else self._means[pair]
+
+
+class _Level:
+    """Rates that differ little from each other, since some time; it lasts once that is `steady_s` ago."""
+
+    # The lowest of them over the highest: measured rates of a link that does not change differ by less.
+    _WITHIN = 0.7
+
+    def __init__(self, since: float, steady_s: float):
+        self.since, self.steady_s, self.mean = since, steady_s, 0.0
+        self._low, self._high, self._count = math.inf, 0.0, 0
+
+    def keeps(self, rate: float) -> bool:
+        return min(self._low, rate) >= self._WITHIN * max(self._high, rate)
+
+    def take(self, rate: float) -> None:
+        self._low, self._high, self._count = min(self._low, rate), max(self._high, rate), self._count + 1
+        self.mean += (rate - self.mean) / self._count
 
 
 class PriceController:
-    """Short timescale, for `ShadowPrice`: every `period_s`, prices of the mix of the last requests at what the links move on average.
+    """Short timescale, for `ShadowPrice`: every `period_s`, prices of the mix of the last requests at what the links move in the long run.
 
-    On average, not now: a link that is slow for a minute delays what is sent, which the policy's predictions see, but drains it later.
-    Priced as if it stayed slow, it would be left idle when it recovers.
+    Not now (see LastingRates): a link that is slow for a while delays what is sent, which the policy's predictions see, but drains it
+    later. Priced as if it stayed slow, it would be left idle when it recovers.
     """
 
-    def __init__(self, topology: Topology, policy: ShadowPrice, period_s: float = 30.0, window_s: float = 300.0):
+    def __init__(
+        self,
+        topology: Topology,
+        policy: ShadowPrice,
+        period_s: float = CONTROL_PERIOD_S,
+        window_s: float = _WINDOW_S,
+        steady_s: float = _STEADY_S,
+    ):
         if not period_s > 0:
             raise InvalidInput("prices.period_s", period_s, "seconds above zero")
         self._topology, self._policy, self._period_s = topology, policy, period_s
-        self._recent, self._average = RecentMix(), AverageRates(window_s)
+        self._recent, self._lasting = RecentMix(), LastingRates(window_s, steady_s)
         self._solved_at = -math.inf
 
     def observe(self, request: Request, placement: Placement, now: float) -> None:
@@ -120,11 +168,11 @@ class PriceController:
 
     def update(self, view: ClusterView, now: float) -> Sequence[Action]:
         """See Controller."""
-        self._average.add(view, now)
+        self._lasting.add(view, now)
         if now - self._solved_at < self._period_s or (mix := self._recent.mix()) is None:
             return ()
         self._solved_at = now
-        prices = placement_prices(present(self._topology, view), mix, self._average.rates)
+        prices = placement_prices(present(self._topology, view), mix, self._lasting.rates)
         self._policy = dataclasses.replace(self._policy, prices=prices)
         return (UsePolicy(self._policy, f"prices of the last {min(self._recent.count, WINDOW)} requests"),)
 
@@ -178,18 +226,20 @@ class ThresholdController:
 class RoleController:
     """Long timescale: instances of a region change between prefill and decode when another split sustains more of what comes.
 
-    Capacities of links are averaged over `window_s`, so that a link that goes up and down does not drag instances with it, and a split is
-    changed only if for `confirm` updates in a row the program expects at least `gain` of it; then one instance at a time, at least
-    `cooldown_s` apart. What draining costs (an instance is away for about an output's time and the change itself) is part of `gain`.
+    Links count as in the long run (see LastingRates), so that one that goes up and down does not drag instances with it. A split is changed
+    only if enough requests were seen, and if in `confirm` looks in a row, one every `period_s`, the program expects at least `gain` of it;
+    then one instance at a time, at least `cooldown_s` apart. What draining costs (an instance is away for about an output's time and the
+    change itself) is part of `gain`.
     """
 
     def __init__(
         self,
         topology: Topology,
-        period_s: float = 30.0,
-        window_s: float = 300.0,
+        period_s: float = 10.0,
+        window_s: float = _WINDOW_S,
+        steady_s: float = _STEADY_S,
         gain: float = 0.05,
-        confirm: int = 3,
+        confirm: int = 4,
         cooldown_s: float = 120.0,
     ):
         for field, value in (("period_s", period_s), ("cooldown_s", cooldown_s)):
@@ -200,7 +250,7 @@ class RoleController:
                 raise InvalidInput(f"roles.{field}", value, f"a number >= {least}")
         self._topology, self._period_s = topology, period_s
         self._gain, self._confirm, self._cooldown_s = gain, confirm, cooldown_s
-        self._recent, self._average = RecentMix(), AverageRates(window_s)
+        self._recent, self._lasting = RecentMix(), LastingRates(window_s, steady_s)
         self._looked_at = self._converted_at = -math.inf
         self._votes: dict[tuple[str, str], int] = {}
 
@@ -210,14 +260,14 @@ class RoleController:
 
     def update(self, view: ClusterView, now: float) -> Sequence[Action]:
         """See Controller."""
-        self._average.add(view, now)
+        self._lasting.add(view, now)
         if now - self._looked_at < self._period_s or now - self._converted_at < self._cooldown_s:
             return ()
-        if (mix := self._recent.mix()) is None:
+        if (mix := self._recent.mix(FEWEST_FOR_ROLES)) is None:
             return ()
         self._looked_at = now
         now_there = present(self._topology, view)
-        links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._average.rates[x.prefill, x.decode])) for x in now_there.links)
+        links = tuple(dataclasses.replace(x, bytes_per_s=max(1.0, self._lasting.rates[x.prefill, x.decode])) for x in now_there.links)
         current = dataclasses.replace(now_there, links=links)
         best, expected = None, optimum(current, mix, 32).lambda_max * (1 + self._gain)
         for region in current.regions:

@@ -7,11 +7,13 @@ from systems import PAPER, PAPER_MIX, idle_view
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.controllers import (
+    CONTROL_PERIOD_S,
     FEWEST,
+    FEWEST_FOR_ROLES,
     WINDOW,
-    AverageRates,
     Both,
     Convert,
+    LastingRates,
     PriceController,
     RecentMix,
     RoleController,
@@ -126,19 +128,46 @@ def test_the_recent_mix_is_of_the_last_requests_and_of_the_longest_prefixes():
     assert set(recent.mix().tokens) == {50} and recent.count == WINDOW + FEWEST
 
 
-def test_average_rates_are_means_over_the_window():
-    view, average = idle_view(TOPOLOGY), AverageRates(300.0)
+@pytest.mark.parametrize("slower", [1, 2, 3])
+def test_a_link_that_changes_or_is_down_counts_as_its_mean(slower):
+    """Also where each half of the wave is longer than `steady_s`, once that has been seen."""
+    view, lasting = idle_view(TOPOLOGY), LastingRates(300.0, 40.0)
     seen = []
     for i in range(1, 1 + 3600 // 5):
-        view.links.bytes_per_s[:] = wave(5.0 * i)
-        average.add(view, 5.0 * i)
-        seen.append(average.rates[FAR, NEAR])
+        view.links.bytes_per_s[:] = wave(5.0 * i / slower)
+        lasting.add(view, 5.0 * i)
+        seen.append(lasting.rates[FAR, NEAR])
     assert seen[0] == 100 * GBPS
-    assert all(0.85 < rate / (52.5 * GBPS) < 1.15 for rate in seen[180:])
+    assert all(1 - 0.15 * slower < rate / (52.5 * GBPS) < 1 + 0.15 * slower for rate in seen[180:])
     view.links.bytes_per_s[:] = 0.0
     for i in range(721, 721 + 60):
-        average.add(view, 5.0 * i)
-    assert average.rates[FAR, NEAR] == pytest.approx(seen[-1] / np.e)
+        lasting.add(view, 5.0 * i)
+    assert lasting.rates[FAR, NEAR] == pytest.approx(seen[-1] / np.e)
+
+
+def test_a_link_that_keeps_another_rate_counts_as_that():
+    """Measured rates of a link that does not change differ a little; one look at quite another rate, and the time runs anew."""
+    view, lasting = idle_view(TOPOLOGY), LastingRates(300.0, 40.0)
+    now = 0.0
+
+    def after(*gbps: float) -> float:
+        nonlocal now
+        for rate in gbps:
+            now += 5.0
+            view.links.bytes_per_s[:] = rate * GBPS
+            lasting.add(view, now)
+        return lasting.rates[FAR, NEAR] / GBPS
+
+    noisy = (8.0, 7.0, 9.0, 8.0)
+    assert after(*[100.0] * 10) == pytest.approx(100.0)
+    assert after(*noisy * 2) > 80.0, "for 35 s"
+    assert after(8.0) == pytest.approx(8.0)
+    assert after(50.0) > 80.0, "it has changed"
+    assert after(*noisy * 2) > 60.0 and after(8.0) == pytest.approx(8.0)
+    assert after(*[100.0] * 18) < 90.0, "for less than twice the 45 s before"
+    assert after(100.0, 100.0) == pytest.approx(100.0)
+    after(*[100.0] * 60)
+    assert after(*noisy * 2, 8.0) == pytest.approx(8.0), "what lasted for minutes was no wave"
 
 
 def price_controller(topology=TOPOLOGY, **options) -> PriceController:
@@ -285,8 +314,8 @@ def test_roles_are_exchanged_for_a_gain_confirmed_several_times():
         acts = world.run(300.0)
         return acts[0][0] if acts else float("inf")
 
-    assert first() == 85.0, "enough requests after 25 s, then two more looks"
-    assert first(confirm=1) == 25.0 and first(confirm=2, period_s=60.0) == 85.0
+    assert first() == 120.0, "enough requests after 90 s, then three more looks"
+    assert first(confirm=1) == 90.0 and first(confirm=2, period_s=60.0) == 150.0
     assert first(gain=0.3) == float("inf")
 
 
@@ -294,6 +323,20 @@ def test_a_square_wave_on_the_link_moves_no_instance():
     world = World(RoleController(TOPOLOGY))
     world.run(3600.0, wave)
     assert len(world.acts) <= 1
+
+
+def test_a_link_that_is_cut_moves_an_instance_and_its_price_within_three_control_periods():
+    """A mean over minutes made both wait for minutes."""
+    world = World(RoleController(TOPOLOGY))
+    world.run(600.0)
+    assert not world.acts
+    ((now, action),) = world.run(3 * CONTROL_PERIOD_S, lambda now: 8 * GBPS)
+    assert isinstance(action, Convert) and action.to == "prefill" and now - 600.0 <= 80.0
+    world = World(price_controller())
+    world.run(600.0)
+    cut = world.run(3 * CONTROL_PERIOD_S, lambda now: 8 * GBPS)
+    steady = placement_prices(TOPOLOGY, Mix.of(np.array(LENGTHS), 1024), {(FAR, NEAR): 8 * GBPS})
+    assert cut[-1][1].policy.prices.links[FAR, NEAR] == pytest.approx(steady.links[FAR, NEAR], rel=0.05) and steady.links[FAR, NEAR] > 0
 
 
 def test_a_link_that_shrank_for_good_does_move_them():
@@ -367,7 +410,8 @@ POLICY = ShadowPrice(Predictor(TOPOLOGY, 8192), Prices({}, {}))
 @pytest.mark.parametrize(
     ("call", "field"),
     [
-        (lambda: AverageRates(0.0), "window_s"),
+        (lambda: LastingRates(0.0, 40.0), "window_s"),
+        (lambda: LastingRates(300.0, 0.0), "steady_s"),
         (lambda: PriceController(TOPOLOGY, POLICY, period_s=0.0), "prices.period_s"),
         (lambda: PriceController(TOPOLOGY, POLICY, window_s=-1.0), "window_s"),
         (lambda: threshold_controller(period_s=-1.0), "threshold.period_s"),
@@ -394,7 +438,7 @@ NO_LOADS = ClusterView(*(dataclasses.replace(s, load=None) for s in (BARE.prefil
 @pytest.mark.parametrize("make", [lambda: price_controller(), threshold_controller, lambda: RoleController(TOPOLOGY)])
 def test_views_that_lack_what_a_controller_reads_are_refused(make, view):
     controller = make()
-    for _ in range(FEWEST):
+    for _ in range(FEWEST_FOR_ROLES):
         controller.observe(Request(1000, 10), HERE, 0.0)
     with pytest.raises(InvalidInput) as error:
         controller.update(view, 100.0)
