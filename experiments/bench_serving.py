@@ -2,9 +2,9 @@
 
     python -m experiments.bench_serving [--policies=threshold,shadow_price] [--config.load=0.7]
     python -m experiments.bench_serving --trace=mooncake_conversation_trace.jsonl.gz --config.time_scale=4
-    python -m experiments.bench_serving --config=configs/clusters/two_sites_cpu.py --config.rate=1
+    python -m experiments.bench_serving --config=configs/clusters/two_sites_cpu.py
     python -m experiments.bench_serving --mode=saturate --config.time_scale=3 --config.requests=600
-    python -m experiments.bench_serving --mode=cut --policies=threshold,shadow_price,shadow_price_roles
+    python -m experiments.bench_serving --mode=cut --config.time_scale=2 --config.requests=1200 --policies=threshold,shadow_price_roles
     python -m experiments.bench_serving --mode=router
     python -m experiments.bench_serving --mode=tenants
 
@@ -15,9 +15,10 @@ saturate  PrfaaS under the planner's threshold, homogeneous, naive and length-bl
           --overload of what the planner says that it sustains, with the same prompts. Lambda_live is all requests over the time until the
           last first token (`live_bench.lambda_live` says why); ratios to PrfaaS beside the planner's, as printed for the whole distribution
           and exact for the very prompts that were drawn, and the simulator's of the same run.
-cut       In mid-run every link is cut to --cut_gbps. Offered is --overload of the planner's optimum for that, with the roles as they are,
-          so that a system which adapts keeps up and one that does not falls behind. Throughput from --cut_periods control periods after
-          the cut on (`live_cut.sustained`), over that optimum, and over the one with the best roles.
+cut       In mid-run every link is cut to --cut_gbps. Offered is --overload of the planner's optimum for that, with the best roles, so that
+          a system which adapts just keeps up and one that does not falls behind. Throughput from --cut_periods control periods (30 s
+          each, `controllers.CONTROL_PERIOD_S`) after the cut on (`live_cut.sustained`), over that optimum, and over the one with the
+          roles as they were. Long runs tell more: at the end only what is last goes on.
 router    The router alone, before profiled servers: milliseconds from receiving to sending on at --router_rps, CPU per request; memory
           while --router_queue requests wait; requests that a restart in mid-run loses, which must be none.
 tenants   A polite tenant at --polite_load of Lambda_max, alone, and beside one that asks for --greedy times Lambda_max and may have --quota
@@ -58,7 +59,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of arrivals and prompts", lower_bound=0)
 MIN_COMPLETIONS = flags.DEFINE_integer("min_completions", 300, "fewer per point are INVALID", lower_bound=1)
 MAX_LATE_S = flags.DEFINE_float("max_late_s", 0.1, "wall seconds that a percent of the requests may be sent late", lower_bound=1e-3)
 PROBE = flags.DEFINE_integer("probe", 20, "requests of load that are alone, before the others; 0: none", lower_bound=0)
-OVERLOAD = flags.DEFINE_float("overload", None, "offered over what is sustained; default: 1.25 of saturate, 0.95 of cut", lower_bound=0.01)
+OVERLOAD = flags.DEFINE_float("overload", None, "offered over what is sustained; default: 1.25 of saturate, 1 of cut", lower_bound=0.01)
 CUT_GBPS = flags.DEFINE_float("cut_gbps", 8.0, "Gbit/s of the model that every link is cut to", lower_bound=1e-3)
 CUT_PERIODS = flags.DEFINE_integer("cut_periods", 3, "control periods that a system has to adapt", lower_bound=0)
 ROUTER_RPS = flags.DEFINE_float("router_rps", 300.0, "requests per wall second", lower_bound=0.1)
@@ -216,17 +217,17 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     topology, mix = bench.deployment.topology, bench.deployment.mix
     if topology is None or mix is None:
         raise InvalidInput("config.clusters", "no profiles", "a profile for each cluster: the planner says what is possible")
-    control_s = bench.deployment.sim.control_s
-    some = optima(topology, mix, Cut(1.0, CUT_GBPS.value, control_s))
-    recorded = bench.recorded((OVERLOAD.value or 0.95) * some["after_rps"])
+    offered = (OVERLOAD.value or 1.0) * optima(topology, mix, Cut(1.0, CUT_GBPS.value))["after_best_roles_rps"]
+    recorded = bench.recorded(offered)
     arrived = [a.time_s for a in recorded.recorded]
-    change = Cut(arrived[-1] / 3, CUT_GBPS.value, control_s, CUT_PERIODS.value)
+    change = Cut(arrived[-1] / 3, CUT_GBPS.value, periods=CUT_PERIODS.value)
     best = optima(topology, live_systems.drawn_mix(recorded), change)
     found: dict[str, Any] = {}
     for name, deployment in policies(config):
         folder = Workdir(bench.workdir.path / name, overwrite=True)
         with LiveCluster(deployment, folder.path) as live:
             played, figures = bench.play(live, recorded, name, begun=lambda at, live=live: change.arm(live, at))
+            conversions = live.router_status().conversions
         simulated = live_bench.simulated(deployment, recorded, change.steps(deployment))
         first = [row.first_s for row in played.rows if row.first_s is not None]
         after = sustained(first, change.settled_s)
@@ -235,11 +236,12 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
             "before_rps": sum(at <= change.at_s for at in first) / change.at_s,
             "after_rps": after,
             "simulated_after_rps": sustained([job.first_s for job in simulated.jobs], change.settled_s),
-            "of_optimum": after / best["after_rps"],
-            "of_optimum_best_roles": after / best["after_best_roles_rps"],
+            "of_optimum": after / best["after_best_roles_rps"],
+            "of_optimum_same_roles": after / best["after_rps"],
+            "conversions": conversions,
             "figures": figures,
         }
-    columns = ("before_rps", "after_rps", "simulated_after_rps", "of_optimum", "of_optimum_best_roles")
+    columns = ("before_rps", "after_rps", "simulated_after_rps", "of_optimum", "of_optimum_same_roles", "conversions")
     lines = [(name, *(point[column] for column in columns)) for name, point in found.items()]
     print(live_tables.table((f"links cut to {CUT_GBPS.value:g} Gbit/s", *columns), lines))
     print(f"optimum, requests/s: {', '.join(f'{n} {v:.3f}' for n, v in best.items())}; offered {len(arrived) / arrived[-1]:.3f}")

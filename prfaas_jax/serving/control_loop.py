@@ -8,6 +8,7 @@ from absl import logging
 from prfaas_jax.scheduling.controllers import Action, Controller, Convert, UsePolicy
 from prfaas_jax.scheduling.view import ClusterView, Placement, Policy, Request
 from prfaas_jax.serving.live_view import LiveView
+from prfaas_jax.serving.proto import generation_pb2
 
 
 class ControlLoop:
@@ -15,7 +16,6 @@ class ControlLoop:
 
     Attributes:
         policy: what decides now.
-        said: the last reasons, newest last.
         conversions: instances that were told to change their role.
     """
 
@@ -31,7 +31,7 @@ class ControlLoop:
     ):
         """`convert` tells an instance to change its role, and says whether one was told."""
         self.policy = policy
-        self.said: list[str] = []
+        self._said: list[str] = []
         self.conversions = 0
         self._controller, self._live, self._period_s, self._convert = controller, live, period_s, convert
         self._task: asyncio.Task[None] | None = None
@@ -55,6 +55,11 @@ class ControlLoop:
         """A request is on its way there, for the first time."""
         if self._controller is not None:
             self._controller.observe(request, placement, now)
+
+    def report(self, status: generation_pb2.GenerationStatus) -> None:
+        """Adds what the controller did."""
+        status.conversions = self.conversions
+        status.control.extend(self._said)
 
     async def _run(self, controller: Controller) -> None:
         while True:
@@ -81,4 +86,4 @@ class ControlLoop:
                 self.conversions += told
                 reason = f"{region}: an instance {'is to' if told else 'should, and cannot,'} {to}: {reason}"
         logging.info("controller: %s", reason)
-        self.said = [*self.said[1 - self._SAID :], reason]
+        self._said = [*self._said[1 - self._SAID :], reason]

@@ -215,9 +215,10 @@ class Dispatcher:
             self._news.set()
 
     def report(self, status: generation_pb2.GenerationStatus) -> None:
-        """Adds servers and decisions."""
+        """Adds servers, decisions, and what the controller did."""
         status.backends.extend(self.fleet.report(time.monotonic()))
         status.decisions.update(self._decisions)
+        self._control.report(status)
 
     # --- deciding --------------------------------------------------------------------------------------------------------------
 

@@ -156,6 +156,7 @@ class GenerationMetrics(ServerMetrics):
         yield families.counter("requests", "Finished requests.", families.by_kind(status.served, 2), ("placement", "reason"))
         yield families.counter("request_failures", "Requests that ended with an error.", families.by_kind(status.failed, 1), ("code",))
         yield families.counter("fallbacks", "Remote prefills that were replaced by a local one.", status.fallbacks)
+        yield families.counter("conversions", "Instances that a router's controller told to change their role.", status.conversions)
         yield families.counter("decisions", "What a router decided.", families.by_kind(status.decisions, 1), ("reason",))
         yield from families.link_families(status.links)
         yield from families.backend_families(status.backends)

@@ -140,6 +140,12 @@ class LiveCluster:
             stub: Any = (prefill_pb2_grpc.PrefillStub if prefills else generation_pb2_grpc.GenerationStub)(channel)
             return stub.Status(common_pb2.StatusRequest(), timeout=timeout_s)
 
+    def router_status(self) -> generation_pb2.GenerationStatus:
+        """The router's own account; raises grpc.RpcError when it does not answer."""
+        status = self.status("router")
+        assert isinstance(status, generation_pb2.GenerationStatus)  # it is no prefill server
+        return status
+
     def statuses(self, timeout_s: float = 2.0) -> dict[str, Status]:
         """Of every server, without those that do not answer in `timeout_s` seconds."""
         found = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.scheduling.controllers import CONTROL_PERIOD_S
 from prfaas_jax.scheduling.mix import Mix
 from prfaas_jax.scheduling.optimum import optimum
 from prfaas_jax.scheduling.planner import best_roles
@@ -21,11 +22,11 @@ from prfaas_jax.testing.live_cluster import LiveCluster
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Every link has `gbps` of the model from `at_s` on, model seconds; `control_s` is the controllers' period."""
+    """Every link has `gbps` of the model from `at_s` on, model seconds; a system has `periods` of its controllers to adapt."""
 
     at_s: float
     gbps: float
-    control_s: float
+    control_s: float = CONTROL_PERIOD_S
     periods: int = 3
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ def test_the_other_modes(tmp_path, mode):
     elif mode == "cut":
         assert result["optimum"]["after_rps"] < result["optimum"]["before_rps"]
         assert 0 < result["policies"]["threshold"]["after_rps"] < 2 * result["optimum"]["after_rps"]
+        assert result["policies"]["threshold"]["conversions"] == 0 and result["cut"]["settled_s"] == result["cut"]["at_s"] + 90.0
     else:
         assert result["tenants"]["alone"]["polite"]["done"] == result["tenants"]["beside"]["polite"]["done"] == 60
         assert result["tenants"]["beside"]["greedy"]["refused"] > 0
@@ -162,7 +163,7 @@ def test_what_is_sustained_counts_the_backlog():
 
 
 def test_the_planner_knows_what_a_cut_link_leaves(deployment):
-    best = live_cut.optima(deployment.topology, deployment.mix, live_cut.Cut(1.0, 8.0, 5.0))
+    best = live_cut.optima(deployment.topology, deployment.mix, live_cut.Cut(1.0, 8.0))
     assert best["before_rps"] > best["after_best_roles_rps"] >= best["after_rps"] and best["after_best_roles_rps"] == pytest.approx(
         2.63, rel=0.03
     )

@@ -193,7 +193,8 @@ def test_a_controllers_actions_are_carried_out_and_its_failure_changes_nothing()
     assert controller.seen == [(10, None)] and controller.views[0].tolist() == [True]
     assert isinstance(loop.policy, AlwaysRemote)
     assert told == [("pd", "prefill"), ("pd", "decode")] and loop.conversions == 1
-    assert "cannot" in loop.said[-1]
+    loop.report(status := generation_pb2.GenerationStatus())
+    assert status.conversions == 1 and "cannot" in status.control[-1]
 
 
 @pytest.mark.parametrize(("failures", "state"), [(1, "closed"), (2, "open")])

@@ -249,7 +249,7 @@ class Span(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., site: _Optional[str] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links", "boot", "standby", "accepted", "decisions")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links", "boot", "standby", "accepted", "decisions", "conversions", "control")
     class ServedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +286,8 @@ class GenerationStatus(_message.Message):
     STANDBY_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    CONVERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -301,7 +303,9 @@ class GenerationStatus(_message.Message):
     standby: bool
     accepted: _containers.RepeatedScalarFieldContainer[str]
     decisions: _containers.ScalarMap[str, int]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    conversions: int
+    control: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ..., conversions: _Optional[int] = ..., control: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("role", "address", "healthy", "why", "engine", "cluster", "breaker", "turned_s")
