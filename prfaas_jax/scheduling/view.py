@@ -169,7 +169,7 @@ class Links:
         transfer_bytes_per_s: the most that one transfer gets of it.
         rtt_s: round trip time.
         pending: requests placed on the pair whose KV has not arrived yet, those still computing included.
-        pending_bytes: KV bytes of these requests, each counted whole until its last byte has arrived.
+        pending_bytes: KV bytes of these requests that have not arrived, computed yet or not.
         table: all of them, in this order.
     """
 

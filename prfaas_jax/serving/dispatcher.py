@@ -102,7 +102,7 @@ class Dispatch:
         """Its prompt is computed, and the KV is where it is decoded."""
         if self._computing:
             self._computing = False
-            self._dispatcher.unbook(self.decode, self._prefill, self._account, self._tokens)
+            self._dispatcher.unbook(self.decode, self._prefill, self._account)
 
     def end(self) -> None:
         """It is over, one way or another; once for each `begin`."""
@@ -295,19 +295,19 @@ class Dispatcher:
             prefill.here += 1
             self.way(decode.cluster, prefill).sent(time.monotonic())
             if prefill.cluster != decode.cluster:
-                self.live.placed(prefill.cluster, decode.cluster, self._bytes(tokens))
+                decode.coming[account] = prefill.cluster, self._bytes(tokens)
         self.live.touch(worker.cluster)
         self.live.touch(decode.cluster)
 
-    def unbook(self, decode: Server, prefill: Server | None, account: str, tokens: int) -> None:
+    def unbook(self, decode: Server, prefill: Server | None, account: str) -> None:
         """The other way round."""
         worker = prefill or decode
         worker.sent.pop(account, None)
         if prefill is not None:
             prefill.here -= 1
-            if prefill.cluster != decode.cluster:
-                self.live.arrived(prefill.cluster, decode.cluster, self._bytes(tokens))
+            decode.coming.pop(account, None)
         self.live.touch(worker.cluster)
+        self.live.touch(decode.cluster)
 
     def _bytes(self, tokens: int) -> float:
         return self._kv.bytes(tokens) if self._kv is not None else 0.0

@@ -72,6 +72,7 @@ class Server:
         up: it answers and takes work; `why` says what is wrong otherwise; so since `turned_s`, monotonic seconds.
         status: its last report, which came at `heard_s`, monotonic seconds.
         sent: account -> prefill seconds (as the model has them) of requests that no report has counted yet.
+        coming: account -> prefill cluster and bytes (of the model) of KV that is to come to it, likewise.
         here: requests that this router has there now.
         calls: the streams of these, of a decode server.
         joined: it came by itself, at run time.
@@ -89,6 +90,7 @@ class Server:
     status: Any = None
     heard_s: float = 0.0
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    coming: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     here: int = 0
     calls: set[Any] = dataclasses.field(default_factory=set)
     leaving: bool = False
@@ -232,9 +234,11 @@ class Fleet:
     def _heard(self, server: Server, status: Any) -> None:
         if server.status is not None and server.status.boot != status.boot:
             server.sent.clear()  # another process, which has none of it
+            server.coming.clear()
         server.status, server.heard_s = status, time.monotonic()
         for account in status.accepted:
             server.sent.pop(account, None)
+            server.coming.pop(account, None)
         self._set(server, self._objection(server, status))
         self._changed(server.cluster)
 

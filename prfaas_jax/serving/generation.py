@@ -1,6 +1,7 @@
 """One Generate call from arrival to usage: reserve, prefill somewhere, commit, stream."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 import uuid
@@ -68,6 +69,7 @@ class Generation:
         self._job: api.Job | None = None
         self._events: EventQueue[api.Event] = EventQueue(site.max_unread_bytes, _weigh)
         self._over = False
+        self._attempt: RemotePrefill | None = None
         self._remote: RemoteResult | None = None
         self._resumes, self._recomputed_there = 0, 0
         self._failures: list[generation_pb2.Failure] = []
@@ -94,10 +96,11 @@ class Generation:
         text = TextStream(self._site.tokenizer, tuple(request.stop_strings))
         try:
             await self._choose_codec()
-            await self._reserve(prompt, sampling, self._travel.codec)
-            self.marks.reserved = time.monotonic()
-            if request.placement.prefill_address:
-                await self._prefill_remotely()
+            with self._expecting(prompt):
+                await self._reserve(prompt, sampling, self._travel.codec)
+                self.marks.reserved = time.monotonic()
+                if request.placement.prefill_address:
+                    await self._prefill_remotely()
             if self._remote is None:
                 await self._prefill_locally()
             await self._decode(text)
@@ -114,6 +117,14 @@ class Generation:
             return
         theirs = await site.peers.codecs(address) if site.codecs.wanted == AUTO else ()
         self._travel = site.codecs.decide(site.engine.spec, site.engine.codecs, theirs, site.peers.link(address), site.engine.codec_rates)
+
+    def _expecting(self, prompt: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
+        """Whoever looks at the links knows of what is to come, from when the request is counted as accepted."""
+        address = self._request.placement.prefill_address
+        whole = self._travel.codec.wire_spec(self._site.engine.spec).bytes(len(prompt))
+        if not address:
+            return contextlib.nullcontext()
+        return self._site.peers.expecting(lambda: self._attempt.coming if self._attempt is not None else (address, whole))
 
     async def _reserve(self, prompt: tuple[int, ...], sampling: api.SamplingParams, codec: CacheCodec = AS_CACHED) -> None:
         """A fresh ticket with pages of its own."""
@@ -132,7 +143,7 @@ class Generation:
         """Leaves the result in `_remote`; when that fails and a fallback is allowed, a fresh reservation and the failure instead."""
         self._progress.phase = "remote prefill"
         job = self._reserved()
-        attempt = RemotePrefill(
+        self._attempt = attempt = RemotePrefill(
             self._site.engine,
             job,
             (self._request.placement.prefill_address, *self._request.placement.alternatives),

@@ -18,8 +18,8 @@ from prfaas_jax.serving.breaker import Breaker
 from prfaas_jax.serving.deployment import ClusterServers, Scale
 from prfaas_jax.serving.fleet import Fleet, Server
 
-# A measured rate that is older than this tells nothing any more: the link is taken for what the deployment says.
-_RATE_MEMORY_S = 30.0
+# What a server says of a link tells nothing any more when it is older than this: the link is taken for what the deployment says.
+_MEMORY_S = 30.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,18 +111,6 @@ class LiveView:
         profile = self._profiles.get(cluster)
         return 0.0 if profile is None else prefill_s(profile.prefill, tokens)
 
-    def placed(self, far: str, region: str, nbytes: float) -> None:
-        """KV of so many bytes is to come over a link."""
-        pair = self.far_row[far], self.near_row[region]
-        self._links.pending[pair] += 1
-        self._links.pending_bytes[pair] += nbytes
-
-    def arrived(self, far: str, region: str, nbytes: float) -> None:
-        """It has come, or will not."""
-        pair = self.far_row[far], self.near_row[region]
-        self._links.pending[pair] -= 1
-        self._links.pending_bytes[pair] = max(0.0, self._links.pending_bytes[pair] - nbytes) if self._links.pending[pair] else 0.0
-
     # --- rows ------------------------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, now: float) -> None:
@@ -191,16 +179,28 @@ class LiveView:
             for decode in self._fleet.of(region, "decode")
             if decode.status is not None
             for link in decode.status.links
-            if link.prefill_address in seen and link.bytes_per_s > 0 and 0 <= link.age_s < _RATE_MEMORY_S - (wall - decode.heard_s)
+            if link.prefill_address in seen and link.bytes_per_s > 0 and 0 <= link.age_s < _MEMORY_S - (wall - decode.heard_s)
         ]
         speed = self._scale.bytes * self._scale.time
         rate = max((link.bytes_per_s for link in measured), default=0.0) / speed or (known.bytes_per_s if known else 0.0)
         per_transfer = min(rate, known.window_bytes_per_s) if known else rate
         rtt = min((link.rtt_s for link in measured if link.rtt_s), default=0.0) * self._scale.time or (known.rtt_s if known else 0.0)
         links = self._links
+        links.pending[pair], links.pending_bytes[pair] = self._pending(far, region, seen)
         links.bytes_per_s[pair], links.transfer_bytes_per_s[pair], links.rtt_s[pair] = (
             (rate, per_transfer, rtt) if open_ and self.route(far, region) else (0.0, 0.0, 0.0)
         )
+
+    def _pending(self, far: str, region: str, seen: Container[str]) -> tuple[int, float]:
+        """Requests and bytes of the model that are to come over a link: as reported, and what was sent that no report counts yet."""
+        count, nbytes, wall = 0, 0.0, time.monotonic()
+        for decode in self._fleet.of(region, "decode"):
+            fresh = decode.status is not None and wall - decode.heard_s < _MEMORY_S
+            reported = [link for link in decode.status.links if link.prefill_address in seen] if fresh else []
+            sent = [more for cluster, more in decode.coming.values() if cluster == far]
+            count += sum(link.pending for link in reported) + len(sent)
+            nbytes += sum(link.pending_bytes for link in reported) / self._scale.bytes + sum(sent)
+        return count, nbytes
 
     def _seen(self, far: str, region: str) -> set[str]:
         """Addresses at which the region's decode servers reach the cluster's prefill servers."""

@@ -1,8 +1,10 @@
 """A decode server's connections to prefill servers: one control channel and one group of lanes each, warm and shared by all requests."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -21,6 +23,8 @@ _ABILITIES_S = 30.0
 _STATUS_S = 2.0
 # A receiver process that has ended is up again sooner.
 _RESTARTED_S = 3.0
+# Where a request's KV comes from, a prefill server's address, and how many bytes of it are not here yet.
+Coming = Callable[[], tuple[str, float]]
 
 
 class PrefillPeers:
@@ -37,6 +41,7 @@ class PrefillPeers:
         self._senders: dict[str, str] = {}  # lane address -> prefill server that named it last
         self._codecs: dict[str, tuple[float, tuple[str, ...]]] = {}  # when asked, what was answered
         self._releases: set[asyncio.Task[None]] = set()
+        self._coming: set[Coming] = set()
 
     def stub(self, address: str) -> prefill_pb2_grpc.PrefillStub:
         """The stub for an address; the channel connects on first use and reconnects by itself."""
@@ -90,10 +95,25 @@ class PrefillPeers:
             known = self._codecs[prefill_address] = now, tuple(status.codecs)
         return known[1]
 
+    @contextlib.contextmanager
+    def expecting(self, coming: Coming) -> Iterator[None]:
+        """KV is to come, while the block runs."""
+        self._coming.add(coming)
+        try:
+            yield
+        finally:
+            self._coming.discard(coming)
+
     def links(self) -> list[generation_pb2.Link]:
-        """Every link as it is measured now."""
-        links = {address: self.link(address) for address in dict.fromkeys(self._senders.values())}
-        return [link_to_proto(address, link) for address, link in links.items() if link is not None]
+        """Every link as it is measured now, and what is to come over it."""
+        measured = {address: self.link(address) for address in self._senders.values()}
+        found = {address: link_to_proto(address, link) for address, link in measured.items() if link is not None}
+        for coming in self._coming:
+            address, left_bytes = coming()
+            link = found.setdefault(address, generation_pb2.Link(prefill_address=address))
+            link.pending += 1
+            link.pending_bytes += left_bytes
+        return list(found.values())
 
     def release(self, address: str, ticket: bytes, epoch: int) -> None:
         """Tells the other side, in the background and for a bounded time, that its staging is not needed any more."""

@@ -1,6 +1,7 @@
 """Generate end to end, in process: local, remote, and an account that adds up."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -54,6 +55,20 @@ def test_remote_prefill_moves_every_byte_and_gives_the_tokens_of_a_local_one(len
         assert dict(status.served) == {"local": 1, "remote": 1}
         # The engine's own count agrees: what was called remote was not prefilled here.
         assert (status.engine.local_prefills, status.engine.tokens_prefilled) == (1, length)
+
+
+def test_a_decode_server_says_what_is_still_to_come_over_a_link():
+    """From when a request is accepted until its last byte is here; a router that was restarted knows of it by that."""
+    whole, seen = SPEC.bytes(600), []
+    with prefill_server(prefill_engine(tokens_per_s=400)) as prefill, decode_server() as decode, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, decode.address, request(prompt_of(600), 5, prefill.address))
+        while not answer.done():
+            seen += [(link.prefill_address, link.pending, link.pending_bytes) for link in generation_status(decode.address).links]
+        assert answer.result(10).usage.kv_bytes_moved == whole
+        (after,) = generation_status(decode.address).links
+    assert (after.pending, after.pending_bytes) == (0, 0.0)
+    coming = [nbytes for address, count, nbytes in seen if (address, count) == (prefill.address, 1)]
+    assert coming[0] == whole and coming == sorted(coming, reverse=True) and any(0 < nbytes < 0.6 * whole for nbytes in coming)
 
 
 @pytest.mark.smoke

@@ -135,15 +135,30 @@ def test_predictive_policies_place_by_the_live_view():
     assert policy.place(Request(60_000, 100), live.at(live.now), live.now).prefill is None
 
 
-def test_pending_bytes_are_those_that_are_placed_and_not_there():
-    live, _, _ = made()
-    live.placed("prfaas", "pd", 1e9)
-    live.placed("prfaas", "pd", 2e9)
-    view = live.at(live.now)
-    assert (view.links.pending[0, 0], view.links.pending_bytes[0, 0]) == (2, 3e9)
-    live.arrived("prfaas", "pd", 1e9)
-    live.arrived("prfaas", "pd", 2e9)
-    assert (view.links.pending[0, 0], view.links.pending_bytes[0, 0]) == (0, 0)
+def test_pending_bytes_are_what_is_reported_and_what_was_sent_since():
+    """Also of other routers, and of one that was restarted; from another server of the region, or another site, nothing."""
+    live, fleet, report = made(byte_scale=0.5)
+    decode = fleet.get("decode", HOME)
+
+    def pending() -> tuple[float, float]:
+        live.touch("pd")
+        links = live.at(live.now).links
+        return links.pending[0, 0], links.pending_bytes[0, 0]
+
+    def said(count: int, nbytes: float, *accepted: str) -> None:
+        links = [generation_pb2.Link(prefill_address=a, pending=count, pending_bytes=nbytes) for a in (SEEN, NEAR)]
+        report("decode", HOME, generation_pb2.GenerationStatus(engine=engine(decode_slots=10), links=links, accepted=accepted))
+
+    assert pending() == (0, 0)
+    decode.coming |= {"a": ("prfaas", 1e9), "b": ("prfaas", 2e9), "near": ("pd", 4e9)}
+    assert pending() == (2, 3e9)
+    said(2, 0.75e9, "a")
+    assert pending() == (3, 1.5e9 + 2e9) and set(decode.coming) == {"b", "near"}
+    said(0, 0.0, "b")
+    assert pending() == (0, 0)
+    said(1, 1e9)
+    decode.heard_s -= 60.0
+    assert pending() == (0, 0), "nothing was heard of it for a minute"
 
 
 class Scripted:

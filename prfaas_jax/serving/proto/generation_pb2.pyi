@@ -199,7 +199,7 @@ class Failure(_message.Message):
     def __init__(self, address: _Optional[str] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class Link(_message.Message):
-    __slots__ = ("prefill_address", "bytes_per_s", "transfer_bytes_per_s", "rtt_s", "goodput_bytes_per_s", "spare_bytes_per_s", "stalls", "stalled_s", "age_s")
+    __slots__ = ("prefill_address", "bytes_per_s", "transfer_bytes_per_s", "rtt_s", "goodput_bytes_per_s", "spare_bytes_per_s", "stalls", "stalled_s", "age_s", "pending", "pending_bytes")
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,8 @@ class Link(_message.Message):
     STALLS_FIELD_NUMBER: _ClassVar[int]
     STALLED_S_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     prefill_address: str
     bytes_per_s: float
     transfer_bytes_per_s: float
@@ -218,7 +220,9 @@ class Link(_message.Message):
     stalls: int
     stalled_s: float
     age_s: float
-    def __init__(self, prefill_address: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ..., rtt_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., spare_bytes_per_s: _Optional[float] = ..., stalls: _Optional[int] = ..., stalled_s: _Optional[float] = ..., age_s: _Optional[float] = ...) -> None: ...
+    pending: int
+    pending_bytes: float
+    def __init__(self, prefill_address: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ..., rtt_s: _Optional[float] = ..., goodput_bytes_per_s: _Optional[float] = ..., spare_bytes_per_s: _Optional[float] = ..., stalls: _Optional[int] = ..., stalled_s: _Optional[float] = ..., age_s: _Optional[float] = ..., pending: _Optional[int] = ..., pending_bytes: _Optional[float] = ...) -> None: ...
 
 class TtftParts(_message.Message):
     __slots__ = ("route", "queue", "prefill", "exposed_transfer", "admit", "first_step")
