@@ -45,6 +45,10 @@ class Scale:
     bytes: float = 1.0
     tokens: int = 1
 
+    def output_tokens(self, live: int) -> int:
+        """Of the model, where so many live ones are generated; the first, which the prefill draws, stands for itself."""
+        return 1 + self.tokens * (live - 1)
+
     def link_gbps(self, link: Link) -> float:
         """Gbit/s of wall time that a live link has."""
         return link.bytes_per_s / GBPS * self.bytes * self.time

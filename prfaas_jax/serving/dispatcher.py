@@ -182,6 +182,7 @@ class Dispatcher:
         self.fleet = Fleet(clusters, options, security, self._changed)
         links = deployment.links if deployment is not None else None
         self.live = LiveView(clusters, links, topology, scale, self.fleet)
+        self._output_tokens = scale.output_tokens
         self._kv: KvFootprint | None = topology.kv if topology is not None else None
         control_s = deployment.sim.control_s if deployment is not None else _CONTROL_S
         self._control = ControlLoop(policy, controller, self.live, control_s / scale.time, convert)
@@ -230,7 +231,7 @@ class Dispatcher:
         """
         began = time.perf_counter()
         live, now = self.live, self.live.now
-        asked = Request(len(request.token_ids.ids), max(1, request.max_new_tokens))
+        asked = Request(len(request.token_ids.ids), self._output_tokens(max(1, request.max_new_tokens)))
         view = self._tenancy.view(request.tenant, live.at(now))
         placement = self._control.place(asked, live.with_room(view, full) if full else view, now)
         account = request.placement.account = next(self._accounts)

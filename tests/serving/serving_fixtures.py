@@ -31,6 +31,8 @@ STATE = LayerCache("state", (TensorSpec("recurrent", 2, 16, "float32"), TensorSp
 SPEC = CacheSpec((CacheGroup(GQA, (0, 1, 2)), CacheGroup(WINDOW, (3, 5)), CacheGroup(STATE, (4,))))
 FINGERPRINT = "f" * 32
 VOCAB = 1000
+# Of routers that are to notice soon.
+QUICK = {"report_s": 0.1, "silence_s": 0.5, "lost_s": 1.0}
 
 
 def prompt_of(length: int) -> list[int]:
@@ -108,6 +110,12 @@ def decode_server(engine: FakeDecodeEngine | None = None, tokenizer=None, eos_id
     engine, settings = engine or decode_engine(), DecodeServerOptions(**options)
     with contextlib.closing(engine), serving(lambda: DecodeServer(engine, tokenizer, settings, eos_ids)) as server:
         yield server
+
+
+@contextlib.contextmanager
+def of_clusters(policy, clusters, deployment=None, **options):
+    with serving(lambda: Router(policy, None, RouterOptions(**QUICK, **options), clusters, deployment)) as front:
+        yield front
 
 
 @contextlib.contextmanager

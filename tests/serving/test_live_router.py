@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from serving_fixtures import (
+    QUICK,
     SPEC,
     channel,
     decode_engine,
@@ -18,6 +19,7 @@ from serving_fixtures import (
     generation_status,
     greedy,
     idle,
+    of_clusters,
     prefill_engine,
     prefill_server,
     prompt_of,
@@ -28,18 +30,15 @@ from serving_fixtures import (
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote, Threshold
-from prfaas_jax.scheduling.view import Placement
 from prfaas_jax.serving.client import Answer, Client, retry_after_s
 from prfaas_jax.serving.decode_server import DecodeServerOptions
-from prfaas_jax.serving.deployment import ClusterServers, Deployment, Tenant
+from prfaas_jax.serving.deployment import ClusterServers
 from prfaas_jax.serving.pd_server import PdServer
 from prfaas_jax.serving.prefill_server import PrefillServerOptions
 from prfaas_jax.serving.proto import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
-from prfaas_jax.serving.router import Router, RouterOptions
 from prfaas_jax.testing.relay import Relay
 
 NOBODY = "127.0.0.1:9"
-QUICK = {"report_s": 0.1, "silence_s": 0.5, "lost_s": 1.0}
 
 
 def die(relay: Relay) -> None:
@@ -56,12 +55,6 @@ def ask(addresses, message, timeout_s=20.0) -> Answer:
             return await client.generate(message, timeout_s)
 
     return asyncio.run(run())
-
-
-@contextlib.contextmanager
-def of_clusters(policy, clusters, deployment=None, **options):
-    with serving(lambda: Router(policy, None, RouterOptions(**QUICK, **options), clusters, deployment)) as front:
-        yield front
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
@@ -233,64 +226,6 @@ def test_local_means_the_prefill_server_beside_and_then_the_decode_server_itself
             eventually(lambda: generate(front.address, message).usage.placement == "local", what="the last resort")
 
 
-def deployed(**fields) -> Deployment:
-    """A deployment of which only who may do what matters."""
-    from ml_collections import ConfigDict
-
-    from configs.clusters import load_deployment
-
-    cluster = {"far": {"kind": "prefill", "prefill": 1}, "home": {"kind": "region", "prefill": 1, "decode": 1}}
-    system = {"checkpoint": "random:qwen3_toy", "clusters": cluster, "links": {"far->home": {"gbps": 1.0}}, "parameter": 100.0}
-    return load_deployment(ConfigDict(system | fields))
-
-
-def test_a_canary_share_of_what_would_be_offloaded_is():
-    with prefill_server() as far, decode_server() as decode:
-        clusters = (ClusterServers("far", "prefill", (far.address,)), ClusterServers("home", "region", (), (decode.address,)))
-        with of_clusters(AlwaysRemote(), clusters, deployed(canary_share=0.3)) as front:
-            usages = [generate(front.address, request(prompt_of(5), request_id=f"request {i}")).usage for i in range(40)]
-            remote = sum(usage.placement == "remote" for usage in usages)
-            assert 4 <= remote <= 22
-            assert all(usage.reason.startswith("canary") for usage in usages if usage.placement == "local")
-            decisions = generation_status(front.address).decisions
-            assert decisions["local: canary"] == 40 - remote
-
-
-def test_a_shadow_policy_is_asked_and_changes_nothing():
-    with prefill_server() as far, decode_server() as decode:
-        clusters = (ClusterServers("far", "prefill", (far.address,)), ClusterServers("home", "region", (), (decode.address,)))
-        with of_clusters(AlwaysLocal(), clusters, deployed(shadow="threshold", shadow_parameter=100.0)) as front:
-            assert {generate(front.address, request(prompt_of(n))).usage.placement for n in (50, 150, 250)} == {"local"}
-            decisions = generation_status(front.address).decisions
-            assert (decisions["shadow remote: threshold"], decisions["shadow local: threshold"]) == (2, 1)
-
-
-def test_the_kv_of_a_resident_tenant_stays_and_a_quota_is_a_tenants_own():
-    tenants = {"bank": {"max_running": 0, "regions": ("home",)}, "busy": {"max_running": 1, "regions": ()}}
-    with (
-        Relay(NOBODY) as lane,
-        prefill_server(advertise_lane=lane.address) as far,
-        decode_server(decode_engine(step_s=0.05)) as decode,
-    ):
-        lane.set_target(far.lane_addresses[0])
-        clusters = (ClusterServers("far", "prefill", (far.address,)), ClusterServers("home", "region", (), (decode.address,)))
-        deployment = deployed(tenants=tenants)
-        assert deployment.tenants["bank"] == Tenant(None, ("home",))
-        with of_clusters(AlwaysRemote(), clusters, deployment) as front, ThreadPoolExecutor(1) as pool:
-            for length in (5, 50, 500):
-                assert generate(front.address, request(prompt_of(length), tenant="bank")).usage.placement == "local"
-            assert lane.passed() == 0, "not a byte of it has left"
-            assert generate(front.address, request(prompt_of(50), tenant="other")).usage.placement == "remote"
-            assert lane.passed() > SPEC.bytes(50)
-            running = pool.submit(generate, front.address, request(prompt_of(50), 40, tenant="busy"))
-            eventually(lambda: generation_status(decode.address).streams == 1)
-            error = error_of(front.address, request(prompt_of(50), tenant="busy"))
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "tenant busy" in error.details()
-            assert retry_after_s(error) is not None
-            assert generate(front.address, request(prompt_of(50), tenant="other")).tokens
-            assert running.result(20).tokens == greedy(prompt_of(50), 40)
-
-
 def test_a_server_that_was_told_of_its_routers_joins_them_and_one_that_is_restarted_too():
     clusters = (ClusterServers("far", "prefill", ()), ClusterServers("home", "region", (), (NOBODY,)))
     with Relay(NOBODY) as front:
@@ -373,34 +308,6 @@ def test_a_full_decode_server_sends_requests_to_another_and_all_full_say_when_to
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "max_requests=1" in error.details()
         assert retry_after_s(error) >= 0.05
         assert [job.result(20).tokens for job in running] == [greedy(prompt_of(20 + i), 40) for i in range(2)]
-
-
-class Named:
-    """A policy that always names the same clusters."""
-
-    def __init__(self, prefill, decode):
-        self._placement = Placement(prefill, decode, "named")
-
-    def place(self, request, view, now):
-        return self._placement
-
-
-@pytest.mark.parametrize(("links", "used"), [({"linked->home": {"gbps": 1.0}}, "linked"), ({}, "home")])
-def test_a_prefill_cluster_without_a_route_to_the_region_is_not_used_for_it(links, used):
-    """A policy that knows only loads names it; another one that has a route takes the request, else it stays."""
-    clusters = {name: {"kind": "prefill", "prefill": 1} for name in ("other", "linked")}
-    clusters |= {name: {"kind": "region", "prefill": 1, "decode": 1} for name in ("home", "away")}
-    deployment = deployed(clusters=clusters, links=links | {"other->away": {"gbps": 1.0}})
-    with prefill_server() as other, prefill_server() as linked, decode_server() as decode:
-        servers = (
-            ClusterServers("other", "prefill", (other.address,)),
-            ClusterServers("linked", "prefill", (linked.address,)),
-            ClusterServers("home", "region", (), (decode.address,)),
-            ClusterServers("away", "region", (), (NOBODY,)),
-        )
-        with of_clusters(Named("other", "home"), servers, deployment) as front:
-            usage = generate(front.address, request(prompt_of(60))).usage
-            assert usage.prefill_cluster == used and "no open way to other" in usage.reason
 
 
 def test_a_server_that_is_too_busy_to_report_keeps_what_it_has_and_gets_nothing_new():
