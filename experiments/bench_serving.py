@@ -16,9 +16,10 @@ saturate  PrfaaS under the planner's threshold, homogeneous, naive and length-bl
           last first token (`live_bench.lambda_live` says why); ratios to PrfaaS beside the planner's, as printed for the whole distribution
           and exact for the very prompts that were drawn, and the simulator's of the same run.
 cut       In mid-run every link is cut to --cut_gbps. Offered is --overload of the planner's optimum for that, with the best roles, so that
-          a system which adapts just keeps up and one that does not falls behind. Throughput from --cut_periods control periods (30 s
-          each, `controllers.CONTROL_PERIOD_S`) after the cut on (`live_cut.sustained`), over that optimum, and over the one with the
-          roles as they were. Long runs tell more: at the end only what is last goes on.
+          a system which adapts just keeps up and one that does not falls behind. First tokens per second from --cut_periods control
+          periods (30 s each, `controllers.CONTROL_PERIOD_S`) after the cut to the last arrival, over that optimum, and over the one with
+          the roles as they were; "drained" is until the last first token, so that a backlog that is left counts; the
+          shorter the run the more, as at its very end only what is last goes on.
 router    The router alone, before profiled servers: milliseconds from receiving to sending on at --router_rps, CPU per request; memory
           while --router_queue requests wait; requests that a restart in mid-run loses, which must be none.
 tenants   A polite tenant at --polite_load of Lambda_max, alone, and beside one that asks for --greedy times Lambda_max and may have --quota
@@ -46,7 +47,7 @@ from prfaas_jax.serving.deployment import Deployment
 from prfaas_jax.serving.process import run_main
 from prfaas_jax.testing import live_bench, live_router, live_systems, live_tables, live_tenants
 from prfaas_jax.testing.live_cluster import LiveCluster
-from prfaas_jax.testing.live_cut import Cut, by_period, optima, sustained
+from prfaas_jax.testing.live_cut import Cut, by_period, optima, reached, sustained
 from prfaas_jax.testing.replay import ReplayInvalid
 from prfaas_jax.testing.replay_script import Ask, Recorded, Script, as_played, asks_of
 
@@ -59,7 +60,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of arrivals and prompts", lower_bound=0)
 MIN_COMPLETIONS = flags.DEFINE_integer("min_completions", 300, "fewer per point are INVALID", lower_bound=1)
 MAX_LATE_S = flags.DEFINE_float("max_late_s", 0.1, "wall seconds that a percent of the requests may be sent late", lower_bound=1e-3)
 PROBE = flags.DEFINE_integer("probe", 20, "requests of load that are alone, before the others; 0: none", lower_bound=0)
-OVERLOAD = flags.DEFINE_float("overload", None, "offered over what is sustained; default: 1.25 of saturate, 1 of cut", lower_bound=0.01)
+OVERLOAD = flags.DEFINE_float("overload", None, "offered over what is sustained; default: 1.25 of saturate, 0.95 of cut", lower_bound=0.01)
 CUT_GBPS = flags.DEFINE_float("cut_gbps", 8.0, "Gbit/s of the model that every link is cut to", lower_bound=1e-3)
 CUT_PERIODS = flags.DEFINE_integer("cut_periods", 3, "control periods that a system has to adapt", lower_bound=0)
 ROUTER_RPS = flags.DEFINE_float("router_rps", 300.0, "requests per wall second", lower_bound=0.1)
@@ -217,7 +218,7 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     topology, mix = bench.deployment.topology, bench.deployment.mix
     if topology is None or mix is None:
         raise InvalidInput("config.clusters", "no profiles", "a profile for each cluster: the planner says what is possible")
-    offered = (OVERLOAD.value or 1.0) * optima(topology, mix, Cut(1.0, CUT_GBPS.value))["after_best_roles_rps"]
+    offered = (OVERLOAD.value or 0.95) * optima(topology, mix, Cut(1.0, CUT_GBPS.value))["after_best_roles_rps"]
     recorded = bench.recorded(offered)
     arrived = [a.time_s for a in recorded.recorded]
     change = Cut(arrived[-1] / 3, CUT_GBPS.value, periods=CUT_PERIODS.value)
@@ -230,18 +231,24 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
             conversions = live.router_status().conversions
         simulated = live_bench.simulated(deployment, recorded, change.steps(deployment))
         first = [row.first_s for row in played.rows if row.first_s is not None]
-        after = sustained(first, change.settled_s)
+        simulated_first = [job.first_s for job in simulated.jobs]
+        after, drained = reached(first, change.settled_s, arrived[-1]), sustained(first, change.settled_s)
         bench.workdir.write_rows(f"periods_{name}.csv", by_period(first, arrived, change))
         found[name] = {
             "before_rps": sum(at <= change.at_s for at in first) / change.at_s,
             "after_rps": after,
-            "simulated_after_rps": sustained([job.first_s for job in simulated.jobs], change.settled_s),
+            "drained_rps": drained,
+            "drain_s": max(first) - arrived[-1],
+            "simulated_after_rps": reached(simulated_first, change.settled_s, arrived[-1]),
+            "simulated_drained_rps": sustained(simulated_first, change.settled_s),
             "of_optimum": after / best["after_best_roles_rps"],
+            "of_optimum_drained": drained / best["after_best_roles_rps"],
             "of_optimum_same_roles": after / best["after_rps"],
             "conversions": conversions,
             "figures": figures,
         }
-    columns = ("before_rps", "after_rps", "simulated_after_rps", "of_optimum", "of_optimum_same_roles", "conversions")
+    columns = ("before_rps", "after_rps", "simulated_after_rps", "of_optimum", "of_optimum_drained", "of_optimum_same_roles")
+    columns += ("drain_s", "conversions")
     lines = [(name, *(point[column] for column in columns)) for name, point in found.items()]
     print(live_tables.table((f"links cut to {CUT_GBPS.value:g} Gbit/s", *columns), lines))
     print(f"optimum, requests/s: {', '.join(f'{n} {v:.3f}' for n, v in best.items())}; offered {len(arrived) / arrived[-1]:.3f}")

@@ -72,6 +72,11 @@ def optima(topology: Topology, mix: Mix, cut: Cut) -> dict[str, float]:
     }
 
 
+def reached(first_s: Sequence[float], since_s: float, until_s: float) -> float:
+    """First tokens per second between two moments."""
+    return sum(since_s < at <= until_s for at in first_s) / (until_s - since_s)
+
+
 def sustained(first_s: Sequence[float], since_s: float) -> float:
     """Requests per second whose first tokens came after a moment, over the time until the last of them.
 

@@ -152,6 +152,7 @@ def test_the_drawn_mix_is_that_of_the_arrivals(deployment):
 
 def test_what_is_sustained_counts_the_backlog():
     first = [1.0, 2.0, 3.0, 4.0, 10.0]
+    assert live_cut.reached(first, 1.0, 4.0) == 1.0 and live_cut.reached(first, 4.0, 9.0) == 0.0
     assert live_cut.sustained(first, 2.0) == 3 / 8 and live_cut.sustained(first, 20.0) == 0.0
     cut = live_cut.Cut(5.0, 8.0, 2.0)
     assert cut.settled_s == 11.0
