@@ -18,8 +18,8 @@ saturate  PrfaaS under the planner's threshold, homogeneous, naive and length-bl
 cut       In mid-run every link is cut to --cut_gbps. Offered is --overload of the planner's optimum for that, with the best roles, so that
           a system which adapts just keeps up and one that does not falls behind. First tokens per second from --cut_periods control
           periods (30 s each, `controllers.CONTROL_PERIOD_S`) after the cut to the last arrival, over that optimum, and over the one with
-          the roles as they were; "drained" is until the last first token, so that a backlog that is left counts; the
-          shorter the run the more, as at its very end only what is last goes on.
+          the roles as they were; "drained" is until the last first token, so that a backlog that is left counts: the shorter the run the
+          more, as at its very end only what is last goes on.
 router    The router alone, before profiled servers: milliseconds from receiving to sending on at --router_rps, CPU per request; memory
           while --router_queue requests wait; requests that a restart in mid-run loses, which must be none.
 tenants   A polite tenant at --polite_load of Lambda_max, alone, and beside one that asks for --greedy times Lambda_max and may have --quota
@@ -247,8 +247,8 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
             "conversions": conversions,
             "figures": figures,
         }
-    columns = ("before_rps", "after_rps", "simulated_after_rps", "of_optimum", "of_optimum_drained", "of_optimum_same_roles")
-    columns += ("drain_s", "conversions")
+    shares = ("of_optimum", "of_optimum_drained", "of_optimum_same_roles")
+    columns = ("before_rps", "after_rps", "simulated_after_rps", *shares, "drain_s", "conversions")
     lines = [(name, *(point[column] for column in columns)) for name, point in found.items()]
     print(live_tables.table((f"links cut to {CUT_GBPS.value:g} Gbit/s", *columns), lines))
     print(f"optimum, requests/s: {', '.join(f'{n} {v:.3f}' for n, v in best.items())}; offered {len(arrived) / arrived[-1]:.3f}")
