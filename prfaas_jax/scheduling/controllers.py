@@ -27,6 +27,8 @@ FEWEST_FOR_ROLES = 256
 CONTROL_PERIOD_S = 30.0
 # The long run of a link: the mean over so much time, or a rate that it has kept for so long.
 _WINDOW_S, _STEADY_S = 300.0, 40.0
+# So many times the looks before an instance is moved while a link has no rate that it keeps.
+_UNSURE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +149,10 @@ class RoleController:
     """Long timescale: instances of a region change between prefill and decode when another split sustains more of what comes.
 
     Links count as in the long run (see LastingRates), so that one that goes up and down does not drag instances with it. A split is changed
-    only if enough requests were seen, and if in `confirm` looks in a row, one every `period_s`, the program expects at least `gain` of it;
-    then one instance at a time, at least `cooldown_s` apart. What draining costs (an instance is away for about an output's time and the
-    change itself) is part of `gain`.
+    only if enough requests were seen, and if in `confirm` looks in a row, one every `period_s`, the program expects at least `gain` of it,
+    many more while a link counts as its mean: what it does now may be over before an instance has changed. Then one instance at a time, at
+    least `cooldown_s` apart. What draining costs (an instance is away for about an output's time and the change itself) is part of
+    `gain`.
     """
 
     def __init__(
@@ -201,7 +204,8 @@ class RoleController:
                     best, expected = (region.name, to), found
         votes = self._votes.get(best, 0) + 1 if best else 0
         self._votes = {best: votes} if best else {}
-        if best is None or votes < self._confirm:
+        sure = all((x.prefill, x.decode) in self._lasting.kept for x in links)
+        if best is None or votes < self._confirm * (1 if sure else _UNSURE):
             return ()
         self._votes, self._converted_at = {}, now
         to_role: Literal["prefill", "decode"] = "prefill" if best[1] == "prefill" else "decode"

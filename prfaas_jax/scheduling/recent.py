@@ -45,6 +45,7 @@ class LastingRates:
 
     Attributes:
         rates: (prefill, decode) -> bytes/s.
+        kept: pairs that have a rate which they keep; those of the others are means.
     """
 
     def __init__(self, window_s: float, steady_s: float):
@@ -56,6 +57,7 @@ class LastingRates:
         self._means: dict[tuple[str, str], float] = {}
         self._levels: dict[tuple[str, str], _Level] = {}
         self.rates: dict[tuple[str, str], float] = {}
+        self.kept: set[tuple[str, str]] = set()
 
     def add(self, view: ClusterView, now: float) -> None:
         """Takes the links' present rates in; raises InvalidInput for a view without links."""
@@ -64,31 +66,44 @@ class LastingRates:
         for pair, rate in link_rates(view).items():
             before = self._means.get(pair, rate)
             self._means[pair] = before + share * (rate - before)
-            level = self._levels.setdefault(pair, _Level(-math.inf, 0.0))
-            if not level.keeps(rate):
-                lasted = now - level.since
-                level = self._levels[pair] = _Level(now, max(self._steady_s, 2 * lasted if lasted < self._window_s else 0.0))
-            level.take(rate)
-            lasts = level.mean and now - level.since >= level.steady_s
-            self.rates[pair] = level.mean if lasts else self._means[pair]
+            level = self._levels.setdefault(pair, _Level(-math.inf, 0.0, rate))
+            if level.keeps(rate):
+                level.take(rate, share)
+            elif level.odd_at is None:
+                level.odd_at = now  # measured rates have outliers
+            else:
+                lasted = level.odd_at - level.since
+                level = _Level(level.odd_at, max(self._steady_s, 2 * lasted if lasted < self._window_s else 0.0), rate)
+                self._levels[pair] = level
+            if level.mean and now - level.since >= level.steady_s:
+                self.kept.add(pair)
+                self.rates[pair] = level.mean
+            else:
+                self.kept.discard(pair)
+                self.rates[pair] = self._means[pair]
 
 
 class _Level:
-    """Rates that differ little from each other, since some time; it lasts once that is `steady_s` ago."""
+    """Rates that differ little from their mean, since some time; it lasts once that is `steady_s` ago.
 
-    # The lowest of them over the highest: measured rates of a link that does not change differ by less.
+    Attributes:
+        odd_at: when the last rate came, if it differs much.
+    """
+
+    # A rate over the mean, or the mean over it: those of a link that does not change, as they are measured, are nearer.
     _WITHIN = 0.7
 
-    def __init__(self, since: float, steady_s: float):
-        self.since, self.steady_s, self.mean = since, steady_s, 0.0
-        self._low, self._high, self._count = math.inf, 0.0, 0
+    def __init__(self, since: float, steady_s: float, rate: float):
+        self.since, self.steady_s, self.mean = since, steady_s, rate
+        self.odd_at: float | None = None
+        self._count = 1
 
     def keeps(self, rate: float) -> bool:
-        return min(self._low, rate) >= self._WITHIN * max(self._high, rate)
+        return min(self.mean, rate) >= self._WITHIN * max(self.mean, rate)
 
-    def take(self, rate: float) -> None:
-        self._low, self._high, self._count = min(self._low, rate), max(self._high, rate), self._count + 1
-        self.mean += (rate - self.mean) / self._count
+    def take(self, rate: float, share: float) -> None:
+        self.odd_at, self._count = None, self._count + 1
+        self.mean += max(share, 1 / self._count) * (rate - self.mean)
 
 
 def link_rates(view: ClusterView) -> dict[tuple[str, str], float]:

@@ -261,7 +261,17 @@ def test_roles_are_exchanged_for_a_gain_confirmed_several_times():
 def test_a_square_wave_on_the_link_moves_no_instance():
     world = World(RoleController(TOPOLOGY))
     world.run(3600.0, wave)
-    assert len(world.acts) <= 1
+    assert not world.acts
+
+
+@pytest.mark.parametrize("seconds", [30.0, 60.0])
+def test_an_outage_that_ends_moves_no_instance(seconds):
+    """Of a link so narrow that, by its mean, the region would do better with one more."""
+    topology = topology_of(dataclasses.replace(PAPER, b_out=12 * GBPS), 3)
+    world = World(RoleController(topology), topology)
+    for lasts, gbps in ((900.0, 12), (seconds, 0), (900.0, 12)):
+        world.run(lasts, lambda now, rate=gbps * GBPS: rate)
+    assert not world.acts
 
 
 def test_a_link_that_is_cut_moves_an_instance_and_its_price_within_three_control_periods():

@@ -61,14 +61,16 @@ def test_a_link_that_keeps_another_rate_counts_as_that():
 
     noisy = (8.0, 7.0, 9.0, 8.0)
     assert after(*[100.0] * 10) == pytest.approx(100.0)
-    assert after(*noisy * 2) > 80.0, "for 35 s"
-    assert after(8.0) == pytest.approx(8.0)
-    assert after(50.0) > 80.0, "it has changed"
-    assert after(*noisy * 2) > 60.0 and after(8.0) == pytest.approx(8.0)
-    assert after(*[100.0] * 18) < 90.0, "for less than twice the 45 s before"
-    assert after(100.0, 100.0) == pytest.approx(100.0)
+    assert after(*noisy * 2) > 80.0 and not lasting.kept, "for 35 s"
+    assert after(8.0) == pytest.approx(8.0, rel=0.05) and lasting.kept == {(FAR, NEAR)}
+    assert after(50.0) == pytest.approx(8.0, rel=0.05), "an outlier"
+    assert after(*noisy) == pytest.approx(8.0, rel=0.05)
+    assert after(100.0, 100.0) > 60.0 and not lasting.kept, "it has changed"
+    assert after(*[100.0] * 22) < 90.0, "for less than twice the 65 s before"
+    assert after(*[100.0] * 8) == pytest.approx(100.0)
     after(*[100.0] * 60)
-    assert after(*noisy * 2, 8.0) == pytest.approx(8.0), "what lasted for minutes was no wave"
+    assert after(*noisy * 2, 8.0) == pytest.approx(8.0, rel=0.05), "what lasted for minutes was no wave"
+    assert after(*[6.0] * 120) == pytest.approx(6.0, rel=0.05), "and it follows what changes little by little"
 
 
 @pytest.mark.parametrize(("options", "field"), [((0.0, 40.0), "window_s"), ((300.0, 0.0), "steady_s")])
