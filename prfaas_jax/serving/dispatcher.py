@@ -216,8 +216,11 @@ class Dispatcher:
             self._news.set()
 
     def report(self, status: generation_pb2.GenerationStatus) -> None:
-        """Adds servers, decisions, and what the controller did."""
-        status.backends.extend(self.fleet.report(time.monotonic()))
+        """Adds servers, ways to them, decisions, and what the controller did."""
+        now = time.monotonic()
+        status.backends.extend(self.fleet.report(now))
+        for (region, address), breaker in self.live.breakers.items():
+            status.ways.add(region=region, prefill_address=address, breaker=breaker.state(now))
         status.decisions.update(self._decisions)
         self._control.report(status)
 

@@ -294,7 +294,7 @@ class Fleet:
                 healthy=s.takes(now),
                 why=s.why if not s.up or s.leaving else "" if s.breaker.allows(now) else "its breaker is open",
                 engine=s.status.engine if s.status is not None else None,
-                breaker=s.breaker.state(now),
+                breaker=s.breaker.state(now) if s.role == "decode" else "",
                 turned_s=s.turned_s,
             )
             for s in self._servers.values()

@@ -147,7 +147,13 @@ def backend_families(backends: Iterable[generation_pb2.Backend]) -> Iterator[Met
         count[role,] = count.get((role,), 0.0) + value
     yield gauge("backend_healthy", "1 for a server that answers and takes requests.", healthy, labels)
     yield gauge("backends_healthy", "Servers that answer and take requests.", count, ("role",))
-    yield gauge("breaker_state", "0 closed, 1 half-open, 2 open.", breakers, labels)
+    yield gauge("breaker_state", "Of decode servers: 0 closed, 1 half-open, 2 open.", breakers, labels)
+
+
+def way_families(ways: Iterable[generation_pb2.Way]) -> Iterator[Metric]:
+    """The ways from regions to prefill servers."""
+    states: dict[Labels, float] = {(way.region, way.prefill_address): _BREAKER[way.breaker] for way in list(ways)[:MAX_VALUES]}
+    yield gauge("way_breaker_state", "0 closed, 1 half-open, 2 open.", states, ("region", "prefill_address"))
 
 
 def by_kind(counts: Mapping[str, int], names: int) -> dict[Labels, float]:

@@ -160,6 +160,7 @@ class GenerationMetrics(ServerMetrics):
         yield families.counter("decisions", "What a router decided.", families.by_kind(status.decisions, 1), ("reason",))
         yield from families.link_families(status.links)
         yield from families.backend_families(status.backends)
+        yield from families.way_families(status.ways)
         for name, (_, about) in _LATENCIES.items():
             yield families.histogram(name, about, self._latencies[name])
         yield families.histogram("ttft_part_seconds", "What TTFT is the sum of.", self._parts, ("part",))

@@ -297,7 +297,7 @@ class Drill:
         deadline = time.monotonic() + _RECOVER_S
         while time.monotonic() < deadline:
             backends = self._watch.backends()
-            sick = [b.address for b in backends.values() if not b.healthy or b.breaker != "closed"]
+            sick = [b.address for b in backends.values() if not b.healthy or b.breaker not in ("", "closed")]
             missing = clusters - self._used(since)
             if not missing and len(backends) == len(self._live.addresses) - 1 and not sick:
                 return time.monotonic() - since

@@ -169,16 +169,19 @@ def test_a_prefill_server_that_keeps_failing_is_left_alone_then_tried_with_one_r
                 return usage.placement, usage.fallbacks
 
             def breaker():
-                return next(b.breaker for b in generation_status(front.address).backends if b.role == "prefill")
+                (way,) = generation_status(front.address).ways
+                return way.region, way.prefill_address, way.breaker
 
             sick.submit = fail
             assert [placed(), placed()] == [("local", 1)] * 2
             assert placed() == ("local", 0), "left alone"
+            assert breaker() == (decode.address, prefill.address, "open")
             time.sleep(0.6)
             assert placed() == ("local", 1), "tried once"
             assert placed() == ("local", 0)
             sick.submit = well
             eventually(lambda: placed() == ("remote", 0), what="it is used again")
+            assert breaker() == (decode.address, prefill.address, "closed")
 
 
 def test_servers_come_and_go_while_the_router_runs():

@@ -109,6 +109,7 @@ def test_a_routers_status_becomes_gauges_by_server():
         served={"remote: threshold": 3, "local: fallback": 1},
         failed={"UNAVAILABLE": 2},
         conversions=3,
+        ways=[generation_pb2.Way(region="near", prefill_address="10.0.0.1:1", breaker="open")],
         decisions={"threshold: 700 > 512 tokens": 4, "threshold: 9 > 8 tokens": 1, "shadow": 5},
         backends=[
             generation_pb2.Backend(role="prefill", cluster="far", address="10.0.0.1:1", healthy=True, breaker="half-open"),
@@ -123,6 +124,7 @@ def test_a_routers_status_becomes_gauges_by_server():
     found = samples_of(metrics)
     assert found("requests_total", placement="remote", reason="threshold") == 3
     assert found("conversions_total") == 3
+    assert found("way_breaker_state", region="near", prefill_address="10.0.0.1:1") == 2
     assert found("decisions_total", reason="threshold") == found("decisions_total", reason="shadow") == 5
     assert [found("breaker_state", role=r, cluster=c, address=a) for r, c, a in FAR_AND_NEAR] == [1, 2, 0]
     assert [found("backend_healthy", role=r, cluster=c, address=a) for r, c, a in FAR_AND_NEAR] == [1, 0, 1]

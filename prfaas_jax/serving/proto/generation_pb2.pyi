@@ -253,7 +253,7 @@ class Span(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., site: _Optional[str] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
-    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links", "boot", "standby", "accepted", "decisions", "conversions", "control")
+    __slots__ = ("engine", "model_fingerprint", "cache_fingerprint", "streams", "fallbacks", "draining", "has_tokenizer", "served", "failed", "backends", "links", "boot", "standby", "accepted", "decisions", "conversions", "control", "ways")
     class ServedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +292,7 @@ class GenerationStatus(_message.Message):
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
     CONVERSIONS_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
+    WAYS_FIELD_NUMBER: _ClassVar[int]
     engine: _common_pb2.EngineStatus
     model_fingerprint: str
     cache_fingerprint: str
@@ -309,7 +310,8 @@ class GenerationStatus(_message.Message):
     decisions: _containers.ScalarMap[str, int]
     conversions: int
     control: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ..., conversions: _Optional[int] = ..., control: _Optional[_Iterable[str]] = ...) -> None: ...
+    ways: _containers.RepeatedCompositeFieldContainer[Way]
+    def __init__(self, engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., cache_fingerprint: _Optional[str] = ..., streams: _Optional[int] = ..., fallbacks: _Optional[int] = ..., draining: bool = ..., has_tokenizer: bool = ..., served: _Optional[_Mapping[str, int]] = ..., failed: _Optional[_Mapping[str, int]] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., boot: _Optional[str] = ..., standby: bool = ..., accepted: _Optional[_Iterable[str]] = ..., decisions: _Optional[_Mapping[str, int]] = ..., conversions: _Optional[int] = ..., control: _Optional[_Iterable[str]] = ..., ways: _Optional[_Iterable[_Union[Way, _Mapping]]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("role", "address", "healthy", "why", "engine", "cluster", "breaker", "turned_s")
@@ -330,3 +332,13 @@ class Backend(_message.Message):
     breaker: str
     turned_s: float
     def __init__(self, role: _Optional[str] = ..., address: _Optional[str] = ..., healthy: bool = ..., why: _Optional[str] = ..., engine: _Optional[_Union[_common_pb2.EngineStatus, _Mapping]] = ..., cluster: _Optional[str] = ..., breaker: _Optional[str] = ..., turned_s: _Optional[float] = ...) -> None: ...
+
+class Way(_message.Message):
+    __slots__ = ("region", "prefill_address", "breaker")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_FIELD_NUMBER: _ClassVar[int]
+    region: str
+    prefill_address: str
+    breaker: str
+    def __init__(self, region: _Optional[str] = ..., prefill_address: _Optional[str] = ..., breaker: _Optional[str] = ...) -> None: ...
