@@ -6,7 +6,8 @@ The rules are those of `prfaas_jax.simulation.contest`: SLO TTFT <= 3 x unloaded
 planner's best roles sustain in the cell, the same hardware for all, each baseline with the best parameter of its grid. Baselines are
 tuned, and the best of them and of the paper's rules chosen, on other seeds than those of the evaluation, and in the first third of a
 trace, which the evaluation does not play (each seed has a window of its own, so its runs may be shorter than --requests). Cells marked *
-were never looked at while our policy's constants were chosen, those marked ! are hard (at most 12 Gbps, bursts, sessions). "ahead" means
+were never looked at while our policy's constants were chosen (those of its controllers were, with outage/* and 8/bursts in view), those
+marked ! are hard (at most 12 Gbps, bursts, sessions). "ahead" means
 at least 10 % more goodput or 25 % lower P90 TTFT than the best of the paper's rules, and an interval of 95 % without 1 (so one seed is
 never ahead); "behind" means more than 1 % less goodput than the best static baseline.
 `roles/ours` is what our policy gains where instances may change their roles while it runs.

@@ -58,8 +58,9 @@ def test_the_same_over_tls_with_a_token(tmp_path):
     make_certificates(certificates)
     security = certificates.security("client")
     options = ClusterOptions(ENGINE, ENGINE, threshold_tokens=100, rtt_ms=4.0, security=security)
-    with Cluster(options, tmp_path) as cluster, LinkTrace(cluster.lane) as trace:
-        usage = demo.ask(cluster.address, demo.token_prompt(range(1, 102), 3), lambda text: None, 60, security).usage
+    with Cluster(options, tmp_path) as cluster:
+        with LinkTrace(cluster.lane) as trace:
+            usage = demo.ask(cluster.address, demo.token_prompt(range(1, 102), 3), lambda text: None, 60, security).usage
         assert (usage.placement, usage.kv_bytes_moved, usage.tokens_recomputed) == ("remote", usage.kv_bytes_expected, 0)
         assert usage.kv_bytes_moved < trace.passed < 1.1 * usage.kv_bytes_moved
         assert cluster.prefill_status().engine.tokens_prefilled == 101
