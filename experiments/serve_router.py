@@ -14,7 +14,6 @@ import asyncio
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -85,10 +84,7 @@ def _tokenizer(path: str | None) -> TextCodec | None:
 
 
 async def _serve(router: Router, policy: str) -> None:
-    def describe() -> dict[str, Any]:
-        return {"address": router.address, "metrics_address": router.metrics_address, "policy": policy}
-
-    await serve(router, describe, GRACE_S.value)
+    await serve(router, lambda: {**router.addresses, "policy": policy}, GRACE_S.value)
 
 
 if __name__ == "__main__":

@@ -121,9 +121,9 @@ class Generation:
     def _expecting(self, prompt: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
         """Whoever looks at the links knows of what is to come, from when the request is counted as accepted."""
         address = self._request.placement.prefill_address
-        whole = self._travel.codec.wire_spec(self._site.engine.spec).bytes(len(prompt))
         if not address:
             return contextlib.nullcontext()
+        whole = self._travel.codec.wire_spec(self._site.engine.spec).bytes(len(prompt))
         return self._site.peers.expecting(lambda: self._attempt.coming if self._attempt is not None else (address, whole))
 
     async def _reserve(self, prompt: tuple[int, ...], sampling: api.SamplingParams, codec: CacheCodec = AS_CACHED) -> None:

@@ -156,8 +156,9 @@ class RemotePrefill:
     @property
     def coming(self) -> tuple[str, float]:
         """Where the cache comes from now, and how many bytes of it are still to come."""
-        whole = self._wire_spec.bytes(len(self._job.prompt)) - self._wire_spec.bytes(self._prefix)
-        return self._address, self._puller.left_bytes if self._puller is not None else whole
+        if self._puller is not None:
+            return self._address, self._puller.left_bytes
+        return self._address, self._wire_spec.bytes(len(self._job.prompt)) - self._wire_spec.bytes(self._prefix)
 
     async def run(self) -> RemoteResult:
         """Raises RemotePrefillFailed; on cancellation, too, the other side is told and every lane has let go of this transfer."""

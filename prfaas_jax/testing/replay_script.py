@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.serving.deployment import Scale
 from prfaas_jax.serving.report import PARTS
 from prfaas_jax.simulation.workloads import Arrival, Workload
 
@@ -165,8 +166,8 @@ def as_played(workload: Workload, seed: int, requests: int, token_scale: int) ->
     rows = list(itertools.islice(workload.arrivals(seed), requests))
     if not rows:
         raise InvalidInput("workload", "no arrivals", "at least one request")
-    begin = rows[0].time_s
-    outputs = (1 + token_scale * (live_tokens(row.output_tokens, token_scale) - 1) for row in rows)
+    begin, scale = rows[0].time_s, Scale(tokens=token_scale)
+    outputs = (scale.output_tokens(live_tokens(row.output_tokens, token_scale)) for row in rows)
     played = tuple(row._replace(time_s=row.time_s - begin, output_tokens=output) for row, output in zip(rows, outputs, strict=True))
     return Recorded(played, workload.block_tokens)
 
