@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             "shadow_parameter": -1.0,
             "load": 0.7,
             "rate": 0.0,
-            "requests": 500,
+            "requests": 2000,
             "trace": "",
             "workload": {
                 "mu": 9.20,

@@ -35,6 +35,8 @@ from prfaas_jax.testing.replay_script import Ask, Recorded, Row, Script, violati
 
 # A live system without the tokens of a checker is asked a few requests again.
 _RECHECKED = 3
+# Figures of a live run that are held against a simulation, by short names.
+COMPARED = {"ttft_p50": "ttft_p50_s", "ttft_p90": "ttft_p90_s", "throughput": "throughput_rps", "egress": "egress_gbps"}
 # Model seconds that a probe's requests are apart, beyond what each takes.
 _PROBE_PAUSE_S = 1.0
 
@@ -210,8 +212,19 @@ def simulated(
 
 def errors(live: Mapping[str, Any], simulation: Mapping[str, Any]) -> dict[str, float]:
     """How far the live figures are from the simulated ones, as signed shares."""
-    names = {"ttft_p50": "ttft_p50_s", "ttft_p90": "ttft_p90_s", "throughput": "throughput_rps", "egress": "egress_gbps"}
-    return {name: live[field] / simulation[field] - 1 if simulation[field] else live[field] for name, field in names.items()}
+    return {name: live[field] / simulation[field] - 1 if simulation[field] else live[field] for name, field in COMPARED.items()}
+
+
+def chaos(
+    deployment: Deployment, recorded: Recorded, simulation: Mapping[str, Any], late_s: float = 0.03, count: int = 20
+) -> dict[str, float]:
+    """How far a simulation is from others whose arrivals are up to `late_s` wall seconds late: root mean squares of `errors`.
+
+    A policy that looks at queues decides otherwise after a little change, and that changes the queues: below this, errors say nothing.
+    """
+    late_s *= deployment.scale.time
+    others = [errors(simulated(deployment, recorded.late(late_s, seed)).figures, simulation) for seed in range(count)]
+    return {name: math.sqrt(np.mean([other[name] ** 2 for other in others])) for name in others[0]}
 
 
 def same_placement(rows: Sequence[Row], jobs: Sequence[Mapping[str, Any]]) -> float:

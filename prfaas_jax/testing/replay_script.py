@@ -8,6 +8,7 @@ has outputs that a live one can have: `as_played`.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,6 +155,14 @@ class Recorded:
         if not factor > 0:
             raise InvalidInput("scaled", factor, "a number above zero")
         return dataclasses.replace(self, recorded=tuple(a._replace(time_s=a.time_s / factor) for a in self.recorded))
+
+    def late(self, up_to_s: float, seed: int) -> "Recorded":
+        """Each arrival later by a time of its own, drawn evenly, so some change places."""
+        if not 0 <= up_to_s < math.inf:
+            raise InvalidInput("up_to_s", up_to_s, "seconds >= 0")
+        delays = np.random.default_rng(seed).uniform(0, up_to_s, self.requests).tolist()
+        moved = (a._replace(time_s=a.time_s + delay) for a, delay in zip(self.recorded, delays, strict=True))
+        return dataclasses.replace(self, recorded=tuple(sorted(moved, key=lambda a: a.time_s)))
 
 
 def live_tokens(output_tokens: int, token_scale: int) -> int:

@@ -65,6 +65,16 @@ def test_a_live_run_is_counted_as_a_simulation_is(played):
     )
 
 
+def test_chaos_is_what_late_arrivals_make_of_a_simulation(played):
+    deployment, recorded, simulated, _ = played
+    found = live_bench.chaos(deployment, recorded, simulated.figures, count=3)
+    # A threshold looks at the prompt alone: the same bytes move, and nobody waits much longer.
+    assert set(found) == set(live_bench.COMPARED) and found["egress"] < 1e-3 and 0 < found["ttft_p50"] < 0.05
+    assert live_bench.chaos(deployment, recorded, simulated.figures, late_s=0.0, count=2) == dict.fromkeys(found, 0.0)
+    slower = {field: 2 * simulated.figures[field] for field in live_bench.COMPARED.values()}
+    assert live_bench.chaos(deployment, recorded, slower, late_s=0.0, count=2) == dict.fromkeys(found, 0.5)
+
+
 def test_what_failed_is_no_completion(played):
     deployment, recorded, _, rows = played
     lost = [*rows[:150], *(Row(i, "", 1, 1, rows[i].arrival_s, error="RESOURCE_EXHAUSTED") for i in range(150, 200))]

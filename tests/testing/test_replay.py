@@ -117,6 +117,19 @@ def test_arrivals_are_those_of_the_workload_and_end_with_it():
     assert all(a.time_s <= b.time_s for a, b in itertools.pairwise(twice)) and twice[-1].time_s <= 2.5 * end
 
 
+def test_late_arrivals_are_late_by_no_more_and_stay_in_order():
+    recorded = as_played(Synthetic(Poisson(2.0), LogNormalLengths(), 100, requests=50), 4, 50, 1)
+    late = recorded.late(3.0, 1)
+    assert all(a.time_s <= b.time_s for a, b in itertools.pairwise(late.recorded)) and late != recorded.late(3.0, 2)
+    due = {(a.tokens, a.output_tokens): a.time_s for a in recorded.recorded}
+    assert len(due) == 50, "each is known by its lengths"
+    delays = [a.time_s - due[a.tokens, a.output_tokens] for a in late.recorded]
+    assert len(delays) == 50 and min(delays) >= 0 and 2 < max(delays) <= 3.0
+    assert recorded.late(0.0, 1) == recorded
+    with pytest.raises(InvalidInput, match="up_to_s"):
+        recorded.late(-1.0, 0)
+
+
 # --- a script that makes no sense
 
 
