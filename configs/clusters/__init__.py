@@ -27,7 +27,7 @@ sake in quotes, `'--config.links["far->home"].gbps=0.5'`).
     policy           a name of simulation.contenders.CONTENDERS, "threshold"
     parameter        its threshold or share; -1: the planner's
     sim              fields of simulation.scenario.SimOptions: prefill_chunk, prefill_rows and convert_s of profiled engines; overlap and
-                     slo_* of policies that predict; control_s of controllers; prefix caches of the simulation
+                     slo_* of policies that predict; control_s of controllers; prefix caches and link_order of the simulation
     router           fields of RouterOptions
     metrics          every process has Prometheus metrics, on a free port, false
     security         fields of transfer.security.Security, the same for every process; "": not given

@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
                 "prefill_chunk": 4096,
                 "prefill_rows": 1,
                 "overlap": True,
+                "link_order": "fair",
                 "convert_s": 10.0,
                 "control_s": 5.0,
                 "slo_scale": 3.0,

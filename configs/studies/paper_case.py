@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
                 "prefill_chunk": 8192,
                 "prefill_rows": 1,
                 "overlap": True,
+                "link_order": "fair",
                 "prefill_cache_bytes": 0.0,
                 "decode_cache_bytes": 0.0,
                 "checkpoint_blocks": 16,

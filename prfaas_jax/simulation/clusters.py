@@ -33,7 +33,7 @@ def idle_view(topology: Topology) -> tuple[ClusterView, Links]:
 
 
 def pair_tables(
-    kernel: Kernel, topology: Topology, delivered: Callable[[Transfer], None], copied: Callable[[Transfer], None]
+    kernel: Kernel, topology: Topology, ordered: bool, delivered: Callable[[Transfer], None], copied: Callable[[Transfer], None]
 ) -> tuple[PairTable, PairTable]:
     """Pairs towards the regions, which carry KV, and back, which carry copied prefixes only. Hosts send and receive at once.
 
@@ -41,7 +41,7 @@ def pair_tables(
     """
     hosts = {c.name: c.instances * c.instance.nic_bytes_per_s for c in topology.prefill}
     hosts |= {r.name: r.decode * r.instance.nic_bytes_per_s for r in topology.regions}
-    network = Network(kernel, {f"{way} {name}": cap for name, cap in hosts.items() for way in ("out", "in")})
+    network = Network(kernel, {f"{way} {name}": cap for name, cap in hosts.items() for way in ("out", "in")}, ordered)
     clusters, regions = [c.name for c in topology.prefill], [r.name for r in topology.regions]
 
     def table(over: Callable[[Transfer], None], forward: bool) -> PairTable:

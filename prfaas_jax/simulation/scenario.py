@@ -20,6 +20,8 @@ class SimOptions:
         prefill_chunk: tokens per prefill row, a multiple of 64; prompts on one instance take turns chunk by chunk.
         prefill_rows: prompts per prefill step.
         overlap: KV leaves chunk by chunk while the prefill goes on; otherwise all of it after its end, as the paper computes TTFT.
+        link_order: of transfers from one cluster to one region: "fair", side by side, as with a connection each, or "least_left", one after
+            the other, as ours are sent (see `links`).
         prefill_cache_bytes: prefix cache of each prefill cluster; 0 for none.
         decode_cache_bytes: prefix cache of each region.
         checkpoint_blocks: a state checkpoint at every that many blocks (and at the end of every prompt).
@@ -36,6 +38,7 @@ class SimOptions:
     prefill_chunk: int = 8192
     prefill_rows: int = 1
     overlap: bool = True
+    link_order: Literal["fair", "least_left"] = "fair"
     prefill_cache_bytes: float = 0.0
     decode_cache_bytes: float = 0.0
     checkpoint_blocks: int = 16
@@ -50,6 +53,8 @@ class SimOptions:
 
     def __post_init__(self) -> None:
         prefill_buckets(self.prefill_chunk, self.prefill_rows)  # refuses what makes none
+        if self.link_order not in ("fair", "least_left"):
+            raise InvalidInput("link_order", self.link_order, "fair or least_left")
         if self.checkpoint_blocks < 1:
             raise InvalidInput("checkpoint_blocks", self.checkpoint_blocks, "a whole number >= 1")
         for field in ("prefill_cache_bytes", "decode_cache_bytes", "detect_s", "convert_s", "slo_base_s"):

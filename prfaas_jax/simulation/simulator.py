@@ -76,7 +76,9 @@ class Simulation:
         for pool in self.decode:
             pool.joined = self._joined
         self._local_rates = [r.local_bytes_per_s for r in topology.regions]
-        self.pairs, self.reverse = pair_tables(self.kernel, topology, self._delivered, self._copied)
+        self.pairs, self.reverse = pair_tables(
+            self.kernel, topology, options.link_order == "least_left", self._delivered, self._copied
+        )
         self._lively: dict[Pair, tuple[int, int]] = {}  # pairs towards regions on which something is pending
         self.far_caches, self.near_caches = prefix_caches(topology, options, workload, seed)
         self.unloaded = Unloaded(slo_topology or topology, options.prefill_chunk, options.overlap)
@@ -229,8 +231,9 @@ class Simulation:
         tokens = min(tokens, holds - job.cached)
         if pair is None or tokens <= 0:
             return False
-        job.pair, job.transfer = pair, pair.start(job, tokens)
-        pair.release(job.transfer, self.topology.kv.bytes(job.cached + tokens, job.cached), True)
+        size = self.topology.kv.bytes(job.cached + tokens, job.cached)
+        job.pair, job.transfer = pair, pair.start(job, size, tokens)
+        pair.release(job.transfer, size, True)
         disturbances.watch(self, pair, job.transfer)
         return True
 
@@ -254,7 +257,7 @@ class Simulation:
         if job.cluster >= 0:
             pair = self.pairs[job.cluster][job.region]
             assert pair is not None  # place
-            job.pair, job.transfer, job.released = pair, pair.start(job), 0.0
+            job.pair, job.transfer, job.released = pair, pair.start(job, job.want_bytes), 0.0
             chunk = self.options.prefill_chunk
             if self.options.overlap and (job.tokens - 1) // chunk * chunk > job.cached:
                 task.on_chunk = self._chunk_done
