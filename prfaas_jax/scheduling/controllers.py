@@ -241,8 +241,9 @@ def present(topology: Topology, view: ClusterView) -> Topology:
     regions = []
     for region in topology.regions:
         if (row := rows.get(region.name)) is not None:
-            n_p = min(int(load.instances[row]), region.instances - 1)
-            n_d = min(max(1, round(float(load.slots[row]) / region.instance.max_batch)), region.instances - n_p)
+            # Slots first: decode servers with none to prefill for them count as instances that prefill, too.
+            n_d = min(max(1, round(float(load.slots[row]) / region.instance.max_batch)), region.instances)
+            n_p = min(int(load.instances[row]), region.instances - n_d)
             region = dataclasses.replace(region, prefill=n_p, decode=n_d)
         regions.append(region)
     counts = {name: int(n) for name, n in zip(view.prefill.names, far.instances, strict=True)}

@@ -1,6 +1,7 @@
 """A circuit breaker: a server that failed several times in a row is left alone for a while, then tried with one request."""
 
 import dataclasses
+import math
 
 from prfaas_jax.errors import InvalidInput
 
@@ -28,16 +29,18 @@ class BreakerOptions:
 
 
 class Breaker:
-    """Not thread safe; `now` are seconds of one monotonic clock.
+    """Not thread safe; `now` and `sent`, when the request was sent whose end is told, are seconds of one monotonic clock.
 
-    "closed": requests go through. "open": none does. "half-open": one has gone through to try, and its end decides.
+    "closed": requests go through. "open": none does. "half-open": one has gone through to try, and what becomes of it decides. What
+    becomes of requests that were sent before it opened says nothing any more: they may end minutes later, well or not.
     """
 
     def __init__(self, options: BreakerOptions):
         self._options = options
         self._failures = 0
+        self._opened_at = -math.inf
         self._open_until: float | None = None  # None: closed
-        self._open_s = options.breaker_open_s
+        self._open_s = options.breaker_open_s  # the next time
         self._trying_until: float | None = None
 
     def state(self, now: float) -> str:
@@ -52,6 +55,12 @@ class Breaker:
             return True
         return now >= self._open_until and (self._trying_until is None or now >= self._trying_until)
 
+    def turns_at(self, now: float) -> float:
+        """When `allows` changes if nothing is told until then; infinity for never."""
+        if self._open_until is None or self.allows(now):
+            return math.inf
+        return max(self._open_until, self._trying_until or -math.inf)
+
     def sent(self, now: float) -> bool:
         """A request goes there; whether it is the one that tries, which is to be withdrawn if it says nothing.
 
@@ -62,21 +71,35 @@ class Breaker:
         self._trying_until = now + self._options.breaker_most_open_s
         return True
 
-    def succeeded(self) -> None:
+    def answered(self, sent: float) -> bool:
+        """A request that went there goes well so far: others may follow the one that tries, but the next failure opens it again.
+
+        Whether that has closed it, as for `succeeded`; for `failed`, whether that has opened it.
+        """
+        if self._open_until is None or sent < self._opened_at:
+            return False
+        self._failures, self._open_until, self._trying_until = self._options.breaker_failures - 1, None, None
+        return True
+
+    def succeeded(self, sent: float) -> bool:
         """A request that went there went well."""
+        if sent < self._opened_at:
+            return False
+        closed = self._open_until is not None
         self._failures, self._open_until, self._trying_until = 0, None, None
         self._open_s = self._options.breaker_open_s
+        return closed
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, sent: float) -> bool:
         """One did not, and it was the server's, or the way's to it, fault."""
+        if sent < self._opened_at:
+            return False
         self._failures += 1
-        if self._open_until is not None:
-            if self._trying_until is None and now < self._open_until:
-                return  # it was sent before the breaker opened
-            self._open_s = min(2 * self._open_s, self._options.breaker_most_open_s)
-        elif self._failures < self._options.breaker_failures:
-            return
-        self._open_until, self._trying_until = now + self._open_s, None
+        if self._failures < self._options.breaker_failures and self._open_until is None:
+            return False
+        self._opened_at, self._open_until, self._trying_until = now, now + self._open_s, None
+        self._open_s = min(2 * self._open_s, self._options.breaker_most_open_s)
+        return True
 
     def withdrawn(self) -> None:
         """The request that tries ended without saying anything about the server: another one may."""

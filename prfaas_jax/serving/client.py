@@ -12,7 +12,7 @@ import grpc
 
 from prfaas_jax.errors import InvalidInput
 from prfaas_jax.serving.control_plane import control_channel
-from prfaas_jax.serving.front import RETRY_AFTER
+from prfaas_jax.serving.front import RETRY_AFTER, is_final
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.transfer.endpoint import parse_address
 from prfaas_jax.transfer.security import NONE, Security
@@ -82,7 +82,7 @@ class Client:
         """Tokens as they come, each once, whatever breaks in between; `answer` is filled meanwhile.
 
         The request gets an id unless it has one. A caller that stops early cancels it everywhere. Raises grpc.RpcError: UNAVAILABLE or
-        CANCELLED only once there is no time left to come back.
+        CANCELLED only once there is no time left to come back, or CANCELLED because somebody has cancelled it by its id.
         """
         message = generation_pb2.GenerateRequest()
         message.CopyFrom(request)
@@ -106,7 +106,7 @@ class Client:
                     if answer.usage is not None:
                         return
                 except grpc.RpcError as error:
-                    if error.code() not in _COME_BACK or time.monotonic() + pause_s >= deadline:
+                    if error.code() not in _COME_BACK or is_final(error) or time.monotonic() + pause_s >= deadline:
                         raise
                 finally:
                     call.cancel()

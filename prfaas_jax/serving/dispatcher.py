@@ -80,8 +80,9 @@ class Dispatch:
         self._account = request.placement.account
         self._tokens = len(request.token_ids.ids)
         self._reason, self._computing = request.placement.reason, False
-        self._tries = False  # it is the one that tries a decode server whose breaker is half-open
-        self._known: set[str] = set()  # candidates that the account says something of
+        self._begun = 0.0
+        # It is the one that tries the decode server, or the way to its prefill server, whose breaker is half-open.
+        self._tries, self._tries_way = False, False
 
     def placed(self, attempt: int, held: generation_pb2.Placed | None = None) -> generation_pb2.GenerateEvent:
         """For the client, so that it can come back; `held` is what the decode server says of a request that it had already."""
@@ -92,50 +93,87 @@ class Dispatch:
 
     def begin(self) -> None:
         """It is sent."""
+        self._begun = time.monotonic()
         self.decode.here += 1
-        self._tries = self.decode.breaker.sent(time.monotonic())
-        if not self.attached:
-            self._computing = True
-            self._dispatcher.book(self.decode, self._prefill, self._account, self._tokens)
+        if self.attached:
+            return  # whether it was the server's to try was asked when it was placed
+        self._computing = True
+        self._tries = self.decode.breaker.sent(self._begun)
+        self._dispatcher.book(self.decode, self._prefill, self._account, self._tokens)
+        if self._prefill is not None:
+            self._tries_way = self._way(self._prefill).sent(self._begun)
+        self._turned(self._tries or self._tries_way)
 
-    def first_token(self) -> None:
-        """Its prompt is computed, and the KV is where it is decoded."""
-        if self._computing:
-            self._computing = False
-            self._dispatcher.unbook(self.decode, self._prefill, self._account)
-
-    def end(self) -> None:
-        """It is over, one way or another; once for each `begin`."""
-        self.first_token()
-        self.decode.here -= 1
-        if self._tries:
-            self.decode.breaker.withdrawn()
-        for address, server in self._candidates[:1]:
-            if address not in self._known:
-                self._dispatcher.way(self.decode.cluster, server).withdrawn()
-        self._dispatcher.live.touch(self.decode.cluster)
+    def first_token(self, token: generation_pb2.TokenOut) -> None:
+        """Its prompt is computed, and the KV is where it is decoded; later tokens say nothing new."""
+        if not self._computing:
+            return
+        self._computing = False
+        self._dispatcher.unbook(self.decode, self._prefill, self._account)
+        self._tries = False
+        self._turned(self.decode.breaker.answered(self._begun))
+        if token.prefilled.account != self._account:
+            return  # of an earlier placement, to which the request has come back
+        for failure in token.prefilled.failures:
+            self.failed(failure.address, failure.code)
+        server = dict(self._candidates).get(token.prefilled.prefill_address)
+        if server is not None:
+            self._tries_way &= server is not self._prefill
+            self._turned(self._way(server).succeeded(self._begun))
 
     def failed(self, address: str, code: str) -> None:
         """A prefill server did not deliver."""
-        for known, server in self._candidates:
-            if known == address:
-                self._known.add(address)
-                way = self._dispatcher.way(self.decode.cluster, server)
-                if code in _ITS_FAULT:
-                    way.failed(time.monotonic())
-                    self._dispatcher.live.unsettled()
-                elif server is self._prefill:
-                    way.withdrawn()
+        server = dict(self._candidates).get(address)
+        if server is not None and code in _ITS_FAULT:
+            self._tries_way &= server is not self._prefill
+            self._turned(self._way(server).failed(time.monotonic(), self._begun))
+        elif server is self._prefill:
+            self._withdraw()
+
+    def lost(self, why: str) -> None:
+        """The decode server could not be reached."""
+        self._tries = False
+        self._dispatcher.fleet.suspect(self.decode, why, self._begun)
+        self._turned(True)
+
+    def sick(self) -> None:
+        """The decode server answers, but cannot do what it should."""
+        self._tries = False
+        self._turned(self.decode.breaker.failed(time.monotonic(), self._begun))
+
+    def end(self) -> None:
+        """It is over, one way or another; once for each `begin`."""
+        if self._computing:
+            self._computing = False
+            self._dispatcher.unbook(self.decode, self._prefill, self._account)
+        self.decode.here -= 1
+        if self._tries:
+            self.decode.breaker.withdrawn()
+            self._turned(True)
+        self._withdraw()
+        self._dispatcher.live.touch(self.decode.cluster)
+
+    def _way(self, server: Server) -> Breaker:
+        return self._dispatcher.way(self.decode.cluster, server)
+
+    def _withdraw(self) -> None:
+        """It was to try the way, and says nothing of it."""
+        if self._tries_way and self._prefill is not None:
+            self._tries_way = False
+            self._way(self._prefill).withdrawn()
+            self._turned(True)
+
+    def _turned(self, breaker: bool) -> None:
+        if breaker:
+            self._dispatcher.live.unsettled()
 
     def account(self, usage: generation_pb2.Usage) -> None:
-        """Takes the usage in: whose servers did well; and refuses one that is not what was decided.
+        """Takes the usage in: the decode server did well; and refuses one that is not what was decided.
 
         A fallback is said, never silent, and so is another server that went on: else InvalidRun.
         """
-        self.decode.breaker.succeeded()
+        self._turned(self.decode.breaker.succeeded(self._begun))
         usage.decode_address = self.decode.address
-        for failure in usage.failures:
-            self.failed(failure.address, failure.code)
         server = dict(self._candidates).get(usage.prefill_address)
         if self.attached or (usage.account and usage.account != self._account):
             return  # of an earlier placement, to which the request has come back
@@ -147,9 +185,6 @@ class Dispatch:
         resumed = usage.resumes and usage.placement == "remote" and server is not None
         if not usage.fallbacks and not resumed and done != decided:
             raise InvalidRun(f"INVALID: the router decided {decided}, the usage says {done} and no fallback")
-        if server is not None:
-            self._known.add(usage.prefill_address)
-            self._dispatcher.way(self.decode.cluster, server).succeeded()
 
 
 class Dispatcher:
@@ -214,6 +249,7 @@ class Dispatcher:
         if self.fleet.turns != self._turns:
             self._turns = self.fleet.turns
             self._news.set()
+            self.live.unsettled()  # breakers go with their servers
 
     def report(self, status: generation_pb2.GenerationStatus) -> None:
         """Adds servers, ways to them, decisions, and what the controller did."""
@@ -238,10 +274,6 @@ class Dispatcher:
         view = self._tenancy.view(request.tenant, live.at(now))
         placement = self._control.place(asked, live.with_room(view, full) if full else view, now)
         account = request.placement.account = next(self._accounts)
-        if self._rollout.shadow is not None:
-            other = self._rollout.shadow.place(asked, view, now)
-            self._decisions[f"shadow {_kind(other)}"] += 1
-            logging.info("shadow %s: %s to %s, where %s", self._rollout.name, account, other.prefill or other.decode, placement.reason)
         if placement.prefill is not None and not self._rollout.trusted(request.request_id or account):
             placement = Placement(None, placement.decode, f"canary: stays; {placement.reason}")
         self._tenancy.check(request.tenant, placement)
@@ -260,15 +292,30 @@ class Dispatcher:
         message.alternatives[:] = [address for address, _ in candidates[1:]]
         message.prefill_cluster = candidates[0][1].cluster if candidates else decode.cluster
         message.decode_cluster, message.reason = decode.cluster, placement.reason
+        self._decided(time.perf_counter() - began, placement.reason)
         if not again:
             self._control.placed(asked, placement, now)
-        self._decided(time.perf_counter() - began, placement.reason)
+            self._ask_shadow(asked, view, now, placement, account)
         return Dispatch(self, request, decode, placement, candidates)
 
+    def _ask_shadow(self, asked: Request, view: ClusterView, now: float, placement: Placement, account: str) -> None:
+        """What the other policy would have done is counted and logged, and changes nothing: neither does its failing."""
+        shadow, name = self._rollout.shadow, self._rollout.name
+        if shadow is None:
+            return
+        try:
+            other = shadow.place(asked, view, now)
+        except Exception:
+            logging.exception("shadow %s has failed", name)
+            self._decisions["shadow failed"] += 1
+            return
+        self._decisions[f"shadow {_kind(other)}"] += 1
+        logging.info("shadow %s: %s to %s, where %s", name, account, other.prefill or other.decode, placement.reason)
+
     def attach(self, request: generation_pb2.GenerateRequest) -> Dispatch | None:
-        """To the decode server that a client says has its request; None where that is gone."""
+        """To the decode server that a client says has its request, be it drained or silent; None where that is gone."""
         server = self.fleet.get("decode", request.held_by)
-        if server is None or not server.up:
+        if server is None or not server.there:
             return None
         return Dispatch(self, request, server, None, ())
 
@@ -297,7 +344,6 @@ class Dispatcher:
         worker.sent[account] = self.live.work_s(worker.cluster, tokens)
         if prefill is not None:
             prefill.here += 1
-            self.way(decode.cluster, prefill).sent(time.monotonic())
             if prefill.cluster != decode.cluster:
                 decode.coming[account] = prefill.cluster, self._bytes(tokens)
         self.live.touch(worker.cluster)

@@ -70,6 +70,7 @@ class Server:
         channel: to its control plane.
         breaker: of the requests that this router sends to it.
         up: it answers and takes work; `why` says what is wrong otherwise; so since `turned_s`, monotonic seconds.
+        there: it is not lost: what it has it may still do.
         status: its last report, which came at `heard_s`, monotonic seconds.
         sent: account -> prefill seconds (as the model has them) of requests that no report has counted yet.
         coming: account -> prefill cluster and bytes (of the model) of KV that is to come to it, likewise.
@@ -87,6 +88,7 @@ class Server:
     up: bool = False
     why: str = "not asked yet"
     turned_s: float = 0.0
+    there: bool = False
     status: Any = None
     heard_s: float = 0.0
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -235,7 +237,7 @@ class Fleet:
         if server.status is not None and server.status.boot != status.boot:
             server.sent.clear()  # another process, which has none of it
             server.coming.clear()
-        server.status, server.heard_s = status, time.monotonic()
+        server.status, server.heard_s, server.there = status, time.monotonic(), True
         for account in status.accepted:
             server.sent.pop(account, None)
             server.coming.pop(account, None)
@@ -263,16 +265,18 @@ class Fleet:
         self._changed(server.cluster)
 
     def _lost(self, server: Server, why: str) -> None:
+        server.there = False
         self._set(server, why)
         # Whoever waits for a token of it must not wait for a deadline.
         for call in list(server.calls):
             call.cancel()
         self._changed(server.cluster)
 
-    def suspect(self, server: Server, why: str) -> None:
-        """Somebody could not reach it: it gets nothing until it reports again."""
+    def suspect(self, server: Server, why: str, sent: float) -> None:
+        """Somebody whose request was sent then could not reach it: it gets nothing until it reports again."""
+        server.there = False
         self._set(server, why)
-        server.breaker.failed(time.monotonic())
+        server.breaker.failed(time.monotonic(), sent)
         self._changed(server.cluster)
 
     def _set(self, server: Server, why: str) -> None:

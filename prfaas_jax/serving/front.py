@@ -14,7 +14,7 @@ from prfaas_jax.errors import Exhausted, InvalidInput, PrfaasError
 from prfaas_jax.serving import messages
 from prfaas_jax.serving.controlled_server import ControlledServer
 from prfaas_jax.serving.generation import Progress, Write
-from prfaas_jax.serving.held import RequestCancelled, TakenOver, UnknownRequest
+from prfaas_jax.serving.held import CutShort, RequestCancelled, TakenOver, UnknownRequest
 from prfaas_jax.serving.metrics import GenerationMetrics
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 from prfaas_jax.serving.remote_prefill import RemotePrefillFailed
@@ -26,6 +26,8 @@ SERVICE = "prfaas.v1.Generation"
 _ABORT_S = 0.5
 # Trailing metadata of errors: when it may be worth trying again, and the prefill server that failed.
 RETRY_AFTER, FAILED_PREFILL = "retry-after-ms", "failed-prefill"
+# And the id by which a request was cancelled: it is over, where a bare CANCELLED is a server that ends.
+CANCELLED_ID = "cancelled-request-id"
 Metadata = tuple[tuple[str, str], ...]
 _RETRY_AFTER_S = 0.05
 # Of the last request in the mean time that requests take.
@@ -108,10 +110,13 @@ class GenerationFront(ControlledServer, generation_pb2_grpc.GenerationServicer):
             await self._refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed during {progress.phase}")
         except RemotePrefillFailed as error:
             await self._refuse(context, error.code, str(error), ((FAILED_PREFILL, error.address),))
+        except RequestCancelled as error:
+            await self._refuse(context, grpc.StatusCode.CANCELLED, str(error), ((CANCELLED_ID, request.request_id),))
         except PrfaasError as error:
             await self._refuse(context, status_of(error), str(error))
         except grpc.RpcError as error:
-            await self._refuse(context, error.code(), error.details())
+            metadata = ((CANCELLED_ID, request.request_id),) if is_final(error) else ()
+            await self._refuse(context, error.code(), error.details(), metadata)
         except asyncio.CancelledError:
             self._failed[grpc.StatusCode.CANCELLED.name] += 1
             raise
@@ -187,6 +192,11 @@ class NotServing(PrfaasError):
     """The server drains, or has another role, and takes nothing new; maps to UNAVAILABLE."""
 
 
+def is_final(error: grpc.RpcError) -> bool:
+    """Whether somebody has cancelled the request by its id: nobody is to start it again."""
+    return error.code() is grpc.StatusCode.CANCELLED and CANCELLED_ID in dict(error.trailing_metadata() or ())
+
+
 def status_of(error: PrfaasError) -> grpc.StatusCode:
     """The status a client gets."""
     match error:
@@ -196,9 +206,9 @@ def status_of(error: PrfaasError) -> grpc.StatusCode:
             return grpc.StatusCode.DEADLINE_EXCEEDED
         case UnknownRequest():
             return grpc.StatusCode.NOT_FOUND
+        case CutShort():
+            return grpc.StatusCode.CANCELLED
         case TakenOver():
             return grpc.StatusCode.ABORTED
-        case RequestCancelled():
-            return grpc.StatusCode.CANCELLED
         case _:
             return messages.code_of(error)

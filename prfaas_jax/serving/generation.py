@@ -101,6 +101,10 @@ class Generation:
                 self.marks.reserved = time.monotonic()
                 if request.placement.prefill_address:
                     await self._prefill_remotely()
+            if self.fallback is not None:
+                # Blocks of the failed attempt may still be queued for its ticket's pages: a fresh reservation cannot meet them.
+                self._abort()
+                await self._reserve(prompt, sampling)
             if self._remote is None:
                 await self._prefill_locally()
             await self._decode(text)
@@ -140,7 +144,7 @@ class Generation:
         self._held_tokens = event.held_tokens
 
     async def _prefill_remotely(self) -> None:
-        """Leaves the result in `_remote`; when that fails and a fallback is allowed, a fresh reservation and the failure instead."""
+        """Leaves the result in `_remote`; when that fails and a fallback is allowed, the failure in `fallback` instead."""
         self._progress.phase = "remote prefill"
         job = self._reserved()
         self._attempt = attempt = RemotePrefill(
@@ -165,11 +169,8 @@ class Generation:
                 raise
             logging.warning("falling back to a local prefill: %s", failure)
             self.fallback = failure
-            # Blocks of the failed attempt may still be queued for this ticket's pages: a fresh reservation cannot meet them.
-            self._abort()
             self.marks.remote_failed = time.monotonic()
             self._spans += span("failed remote prefill", self.marks, attempt.timeline.started, self.marks.remote_failed)
-            await self._reserve(job.prompt, job.sampling)
             return
         self._resumes, self._recomputed_there, self._failures = attempt.resumes, attempt.recomputed, _failures(attempt)
         timeline = result.timeline
@@ -278,6 +279,9 @@ class Generation:
             self._itl.append(now - self.marks.last)
         else:
             self.marks.first = now
+            address = self._remote.address if self._remote is not None else ""
+            account = self._request.placement.account
+            token.prefilled.CopyFrom(generation_pb2.Prefilled(prefill_address=address, failures=self._failures, account=account))
         self.marks.last = now
         await self._write(generation_pb2.GenerateEvent(token=token))
 

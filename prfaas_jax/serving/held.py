@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 
 from prfaas_jax.errors import InvalidInput, PrfaasError
@@ -17,7 +18,11 @@ class UnknownRequest(PrfaasError):
 
 
 class RequestCancelled(PrfaasError):
-    """Somebody has ended the request by its id; maps to CANCELLED."""
+    """Somebody has ended the request by its id; maps to CANCELLED, with metadata that says so."""
+
+
+class CutShort(PrfaasError):
+    """The server ends before the request has; maps to CANCELLED."""
 
 
 class TakenOver(PrfaasError):
@@ -31,6 +36,7 @@ class _Held:
         self.whose = whose
         self.placement = placement
         self.told = False
+        self.by_id = False  # cancelled by somebody who named it
         self.said: list[generation_pb2.GenerateEvent] = []
         self.changed = asyncio.Event()
         self.readers = 0  # calls that have come for it so far
@@ -52,6 +58,7 @@ class HeldRequests:
     def __init__(self, keep_s: float):
         self._keep_s = keep_s
         self._all: dict[str, _Held] = {}
+        self._cancelled: dict[str, float] = {}  # id -> monotonic second until which who comes back to it is told so
 
     def __len__(self) -> int:
         return len(self._all)
@@ -60,13 +67,15 @@ class HeldRequests:
         """Runs the request, or finds the run that there is, and writes what it says from the caller's `events_received` on.
 
         With `held_by` it is only found, and where it was placed is written first. Returns its usage, unsent; raises UnknownRequest,
-        TakenOver, RequestCancelled, or what the run raised.
+        TakenOver, RequestCancelled, CutShort, or what the run raised.
         """
         if request.want_logits:
             raise InvalidInput("want_logits", True, "false for a request with an id: logits are not kept for a caller to come back to")
         held, whose = self._all.get(request.request_id), (request.tenant, _digest(request))
         if held is None:
             if request.held_by:
+                if self._cancelled.get(request.request_id, 0.0) > time.monotonic():
+                    raise RequestCancelled(f"request {request.request_id} was cancelled")
                 raise UnknownRequest(f"request {request.request_id} is not held here, or not any more")
             held = self._all[request.request_id] = _Held(whose, request.placement)
             held.task = asyncio.create_task(self._run(held, run))
@@ -91,7 +100,9 @@ class HeldRequests:
                 assert held.task is not None
                 if held.task.done() and at >= len(held.said):
                     if held.task.cancelled():
-                        raise RequestCancelled(f"request {request.request_id} was cancelled")
+                        if held.by_id:
+                            raise RequestCancelled(f"request {request.request_id} was cancelled")
+                        raise CutShort("the server has ended")
                     return held.task.result()
                 await held.changed.wait()
                 if held.readers != turn:
@@ -114,7 +125,15 @@ class HeldRequests:
         return first
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request at once; unknown ids are ignored."""
+        """Ends a request at once. Whoever comes back to it, also from another server, hears of that for as long as requests are kept."""
+        now = time.monotonic()
+        # By age: whoever is new comes last.
+        while self._cancelled and (oldest := next(iter(self._cancelled.items())))[1] <= now:
+            del self._cancelled[oldest[0]]
+        self._cancelled.pop(request_id, None)
+        self._cancelled[request_id] = now + self._keep_s
+        if (held := self._all.get(request_id)) is not None:
+            held.by_id = True
         self._drop(request_id)
 
     async def close(self) -> None:

@@ -52,7 +52,7 @@ class LiveView:
         self._links = Links.none(len(self._far), len(self._near))
         self._view = ClusterView(_servers(self._far), _servers(self._near), self._links)
         self._touched = set(self.far_row) | set(self.near_row)
-        self._shaky = True  # some breaker is not closed: rows change with time
+        self._settled_until = -math.inf  # monotonic seconds; then some breaker lets requests through again
 
     @property
     def now(self) -> float:
@@ -64,19 +64,18 @@ class LiveView:
         self._touched.add(cluster)
 
     def unsettled(self) -> None:
-        """A breaker has changed its mind."""
-        self._shaky = True
+        """A breaker has changed its mind, or a server has come or gone."""
+        self._settled_until = -math.inf
         self._touched |= self.far_row.keys() | self.near_row.keys()
 
     def at(self, now: float) -> ClusterView:
         """The view; `now` on its own clock."""
-        if self._shaky:
+        if (wall := time.monotonic()) >= self._settled_until:
             self.unsettled()
             there = {server.address for server in self._fleet}
             self.breakers = {way: breaker for way, breaker in self.breakers.items() if way[1] in there}
-            wall = time.monotonic()
             breakers = [*self.breakers.values(), *(server.breaker for server in self._fleet)]
-            self._shaky = any(breaker.state(wall) != "closed" for breaker in breakers)
+            self._settled_until = min((breaker.turns_at(wall) for breaker in breakers), default=math.inf)
         for name in self._touched:
             self._write(name, now)
         self._touched.clear()
@@ -131,7 +130,7 @@ class LiveView:
         load = self._view.decode.load
         assert load is not None  # _servers
         self._view.decode.healthy[row] = bool(decode)
-        self._view.decode.queue[row] = sum(s.queue for s in self._fleet.of(name, "decode"))
+        self._view.decode.queue[row] = sum(s.queue for s in decode)
         load.slots[row] = sum(s.status.engine.decode_slots for s in decode)
         load.waiting[row] = sum(s.status.engine.decode_waiting for s in decode)
         for far, i in self.far_row.items():  # their rates are measured by this region's decode servers

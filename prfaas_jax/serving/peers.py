@@ -63,9 +63,8 @@ class PrefillPeers:
             deadline = time.monotonic() + _RESTARTED_S
             while not self._receivers.pids and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
-        # A sender process that was started again has another address.
-        gone = [at for at, group in self._groups.items() if not group.alive and self._senders[at] == prefill_address]
-        for address in gone:
+        # A sender process that was started again has another address; a server that is gone may never come back.
+        for address in [at for at, group in self._groups.items() if not group.alive]:
             del self._groups[address], self._senders[address]
         for address in lane_addresses:
             self._senders[address] = prefill_address

@@ -20,7 +20,7 @@ from prfaas_jax.serving import messages
 from prfaas_jax.serving.deployment import ClusterServers, Deployment
 from prfaas_jax.serving.dispatcher import Dispatch, Dispatcher, Rollout
 from prfaas_jax.serving.fleet import FleetOptions
-from prfaas_jax.serving.front import FAILED_PREFILL, FrontOptions, GenerationFront
+from prfaas_jax.serving.front import FAILED_PREFILL, FrontOptions, GenerationFront, is_final
 from prfaas_jax.serving.generation import Progress, Write
 from prfaas_jax.serving.held import RequestCancelled
 from prfaas_jax.serving.metrics import RouterMetrics
@@ -31,7 +31,7 @@ from prfaas_jax.serving.usage import InvalidRun
 
 # What another decode server may do better. CANCELLED: a server that ends cuts what its grace did not suffice for.
 _ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-# What says that a decode server is ill although it answers.
+# What says that a decode server is ill although it answers. Another one is tried, once: it may be the request that makes them ill.
 _SICK = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 # How often a request that waits for a decode server looks for one of which nothing was heard: breakers close with time.
 _LOOK_S = 0.1
@@ -206,7 +206,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
         self, request: generation_pb2.GenerateRequest, write: Write, arrived: float, deadline: float, progress: Progress
     ) -> generation_pb2.Usage:
         """Sends the request to one decode server after the other, until one has done it."""
-        full: dict[str, grpc.RpcError] = {}  # what servers without room said
+        full: dict[str, grpc.RpcError] = {}  # what servers without room, or that are ill, said
         most = self._options.max_attempts + bool(request.held_by)  # to come back is not one of them
         for attempt in range(1, most + 1):
             dispatch = self._dispatcher.attach(request) if request.held_by else None
@@ -223,10 +223,11 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
                     raise
                 logging.warning("placing a request again: %s", error)
             except grpc.RpcError as error:
-                if not self._worth_another(error, dispatch, attempt < most):
+                ill = any(said.code() in _SICK for said in full.values())
+                if not self._worth_another(error, dispatch, attempt < most, ill):
                     raise
                 logging.warning("placing a request again: %s: %s", error.code().name, error.details())
-                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED or error.code() in _SICK:
                     full[dispatch.decode.address] = error
             else:
                 usage.attempts = attempt
@@ -237,7 +238,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
     async def _place(
         self, request: generation_pb2.GenerateRequest, full: Mapping[str, grpc.RpcError], again: bool, deadline: float
     ) -> Dispatch:
-        """Decides; where no decode server can take the request now it waits a little for one. All `full`: what the last one said."""
+        """Decides; where no decode server can take the request now it waits a little for one. None but `full`: what the last one said."""
         until = min(deadline, time.monotonic() + self._options.park_s)
         while True:
             news = self._dispatcher.news()
@@ -254,20 +255,21 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
             except TimeoutError:
                 continue
 
-    def _worth_another(self, error: grpc.RpcError, dispatch: Dispatch, left: bool) -> bool:
-        """Whether another decode server may do what this one did not; notes whose fault it was."""
+    def _worth_another(self, error: grpc.RpcError, dispatch: Dispatch, left: bool, ill: bool) -> bool:
+        """Whether another decode server may do what this one, or one before it that was `ill`, did not; notes whose fault it was."""
         code = error.code()
         if failed := dict(error.trailing_metadata() or ()).get(FAILED_PREFILL):
             dispatch.failed(str(failed), code.name)  # and no fallback was allowed
             return False
+        if is_final(error):
+            return False
         if dispatch.attached and code is grpc.StatusCode.NOT_FOUND:
             return left
         if code is grpc.StatusCode.UNAVAILABLE:
-            self._dispatcher.fleet.suspect(dispatch.decode, f"{code.name}: {error.details()}")
+            dispatch.lost(f"{code.name}: {error.details()}")
         elif code in _SICK:
-            dispatch.decode.breaker.failed(time.monotonic())
-            self._dispatcher.live.unsettled()
-        return code in _ELSEWHERE and left
+            dispatch.sick()
+        return left and (code in _ELSEWHERE or (code in _SICK and not ill))
 
     async def _forward(
         self, request: generation_pb2.GenerateRequest, dispatch: Dispatch, attempt: int, write: Write, deadline: float
@@ -292,7 +294,7 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
                 if event.HasField("placed"):
                     await write(dispatch.placed(attempt, event.placed))
                     continue
-                dispatch.first_token()
+                dispatch.first_token(event.token)
                 await write(event)
                 request.events_received += event.HasField("token")
             if usage is None:

@@ -349,6 +349,10 @@ def test_present_and_link_rates_read_the_view():
     view.decode.load.slots[:] = 0, 2 * region.instance.max_batch, region.instance.max_batch
     got = [(r.prefill, r.decode) for r in present(topology, view).regions]
     assert got == [(7, 1), (1, 2), (1, 1)], "one decodes always, and one prefills where no link leads"
+    # A live region without prefill servers: its decode servers prefill, and count as instances of both kinds.
+    view.decode.load.instances[:] = 3, 2, 2
+    view.decode.load.slots[:] = np.array([5, 2, 2]) * region.instance.max_batch
+    assert [(r.prefill, r.decode) for r in present(topology, view).regions] == [(3, 5), (2, 2), (0, 2)]
     other = present(dataclasses.replace(TOPOLOGY, regions=(dataclasses.replace(region, name="new"),), links=(Link(FAR, "new", 1.0),)), view)
     assert (other.regions[0].prefill, other.regions[0].decode) == (3, 5), "not in the view: as planned"
 

@@ -1,6 +1,7 @@
 """Reports folded into the view that policies see, in the model's units; and controllers that act on it."""
 
 import asyncio
+import math
 import time
 
 import numpy as np
@@ -109,18 +110,33 @@ def test_a_scaled_system_is_seen_in_the_models_units():
     assert live.at(live.now).links.bytes_per_s[0, 0] == 12.5e9, "what is that old tells nothing"
 
 
+def test_what_a_dead_decode_server_had_is_no_queue():
+    """Its region looked busy for ever, and got nothing."""
+    clusters = (ClusterServers("a", "region", (), (HOME, FAR)), ClusterServers("b", "region", (), (NEAR,)))
+    fleet = Fleet(clusters, OPTIONS, NONE, lambda cluster: live.touch(cluster))
+    live = LiveView(clusters, None, None, Scale(), fleet)
+    for cluster, address, running in (("a", HOME, 40), ("a", FAR, 5), ("b", NEAR, 10)):
+        server = fleet._servers["decode", address] = Server(cluster, "decode", address, None, Breaker(OPTIONS))
+        fleet._heard(server, generation_pb2.GenerationStatus(engine=engine(decode_slots=64, running=running)))
+    assert live.at(live.now).decode.queue.tolist() == [45, 10]
+    fleet._lost(fleet.get("decode", HOME), "killed")
+    view = live.at(live.now)
+    assert view.decode.queue.tolist() == [5, 10] and view.decode.load.slots.tolist() == [64, 64]
+
+
 def test_a_way_whose_breaker_is_open_is_no_link():
     live, _, report = made()
     report("decode", HOME, generation_pb2.GenerationStatus(engine=engine(decode_slots=1)))
     report("prefill", FAR, prefill_pb2.PrefillStatus(engine=engine([(0.0, 0, 0)])))
     breaker = live.breakers["pd", FAR] = Breaker(BreakerOptions(1, 0.2))
-    breaker.failed(time.monotonic())
+    breaker.failed(time.monotonic(), time.monotonic())
     live.unsettled()
     view = live.at(live.now)
     assert view.links.bytes_per_s[0, 0] == 0 and not view.prefill.healthy[0] and not live.open_servers("prfaas", "pd")
     time.sleep(0.25)
     assert live.at(live.now).prefill.healthy[0], "half open"
-    breaker.succeeded()
+    assert breaker.succeeded(time.monotonic())
+    live.unsettled()
     assert live.at(live.now).links.bytes_per_s[0, 0] == 12.5e9
 
 
@@ -215,37 +231,56 @@ def test_a_controllers_actions_are_carried_out_and_its_failure_changes_nothing()
 @pytest.mark.parametrize(("failures", "state"), [(1, "closed"), (2, "open")])
 def test_a_breaker_opens_after_failures_in_a_row(failures, state):
     breaker = Breaker(BreakerOptions(2, 1.0, 8.0))
-    for _ in range(failures):
-        breaker.failed(10.0)
+    assert [breaker.failed(10.0, 9.0) for _ in range(failures)][-1] is (state == "open")
     assert breaker.state(10.5) == state and breaker.allows(10.5) is (state == "closed")
+    assert breaker.turns_at(10.5) == (math.inf if state == "closed" else 11.0)
 
 
 def test_a_half_open_breaker_lets_one_request_try_and_waits_twice_as_long_when_it_fails():
     breaker = Breaker(BreakerOptions(1, 1.0, 3.0))
-    breaker.failed(0.0)
-    assert breaker.allows(1.0) and breaker.state(1.0) == "half-open"
+    breaker.failed(0.0, 0.0)
+    assert breaker.allows(1.0) and breaker.state(1.0) == "half-open" and breaker.turns_at(1.0) == math.inf
     breaker.sent(1.0)
-    assert not breaker.allows(1.1)
-    breaker.failed(1.2)
+    assert not breaker.allows(1.1) and breaker.turns_at(1.1) == 4.0
+    assert breaker.failed(1.2, 1.0)
     assert not breaker.allows(3.1) and breaker.allows(3.3)
     breaker.sent(3.3)
     breaker.withdrawn()
     assert breaker.allows(3.4), "cancelled by its client: it said nothing"
     breaker.sent(3.4)
-    breaker.failed(3.5)
+    breaker.failed(3.5, 3.4)
     assert not breaker.allows(6.4) and breaker.allows(6.6), "never longer than the longest"
     breaker.sent(6.6)
-    breaker.succeeded()
+    assert breaker.succeeded(6.6)
     assert breaker.state(6.7) == "closed"
-    breaker.failed(7.0)
+    breaker.failed(7.0, 6.8)
     assert breaker.allows(8.1), "it begins anew"
 
 
-def test_a_failure_of_a_request_sent_before_it_opened_does_not_make_it_open_longer():
+def test_what_becomes_of_requests_sent_before_it_opened_says_nothing():
     breaker = Breaker(BreakerOptions(1, 1.0, 8.0))
-    for at in (0.0, 0.1, 0.2):
-        breaker.failed(at)
-    assert breaker.allows(1.05)
+    assert breaker.failed(0.3, 0.0)
+    assert not breaker.failed(0.4, 0.1) and not breaker.failed(5.0, 0.2), "they have not tried it"
+    assert breaker.allows(1.35)
+    assert not breaker.succeeded(0.2) and not breaker.answered(0.2) and breaker.state(0.5) == "open"
+    breaker.sent(6.0)
+    assert not breaker.failed(6.1, 0.25) and not breaker.allows(6.2), "the one that tries is still on its way"
+    assert breaker.succeeded(6.0)
+    assert not breaker.failed(6.3, 0.28) and breaker.state(6.4) == "closed", "nor do they open it again"
+
+
+def test_a_first_token_lets_others_follow_and_a_failure_behind_it_closes_the_door_again():
+    breaker = Breaker(BreakerOptions(3, 1.0, 8.0))
+    for _ in range(3):
+        breaker.failed(0.0, 0.0)
+    breaker.sent(1.0)
+    assert breaker.answered(1.0) and breaker.state(1.1) == "closed"
+    assert not breaker.answered(1.0), "it is closed already"
+    assert breaker.failed(2.0, 1.0) and not breaker.allows(3.9) and breaker.allows(4.1), "for twice as long"
+    breaker.sent(4.1)
+    breaker.answered(4.1)
+    breaker.succeeded(4.1)
+    assert not breaker.failed(5.0, 4.2), "it takes three again"
 
 
 def test_the_rate_that_a_dead_decode_server_reported_ages():

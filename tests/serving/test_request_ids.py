@@ -24,7 +24,9 @@ from serving_fixtures import (
 )
 
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote
-from prfaas_jax.serving.held import HeldRequests, RequestCancelled
+from prfaas_jax.serving.client import Answer, Client
+from prfaas_jax.serving.front import is_final
+from prfaas_jax.serving.held import CutShort, HeldRequests, RequestCancelled
 from prfaas_jax.serving.proto import generation_pb2, generation_pb2_grpc
 
 NOBODY = "127.0.0.1:9"
@@ -136,6 +138,84 @@ def test_a_cancel_reaches_the_request_although_an_older_call_for_it_has_ended():
         cancel(front.address, "mine")
         assert new.result(10).code() is grpc.StatusCode.CANCELLED
         eventually(lambda: generation_status(decode.address).engine.running == 0)
+
+
+def test_a_request_that_somebody_else_cancels_does_not_start_again():
+    """CANCELLED was taken for a server that ends: client and router started it anew, and it was answered whole."""
+
+    async def run(addresses, cancels):
+        answer = Answer()
+        async with Client(addresses) as client:
+            with pytest.raises(grpc.RpcError) as caught:
+                async for _ in client.stream(again(prompt_of(70), 200), 20.0, answer):
+                    if answer.events == 5:
+                        await asyncio.to_thread(cancel, cancels, "mine")
+        return caught.value, answer
+
+    with (
+        decode_server(decode_engine(step_s=0.02)) as decode,
+        router(AlwaysLocal(), decode.address, **QUICK) as first,
+        router(AlwaysLocal(), decode.address, **QUICK) as second,
+    ):
+        for cancels in (first.address, second.address, decode.address):
+            error, answer = asyncio.run(run([first.address], cancels))
+            assert error.code() is grpc.StatusCode.CANCELLED and is_final(error)
+            assert answer.returns == 0 and [p.attempt for p in answer.placed] == [1] and 5 <= answer.events < 100
+            eventually(lambda: generation_status(decode.address).engine.running == 0)
+
+
+def test_whoever_comes_back_to_a_request_that_was_cancelled_meanwhile_is_told_so():
+    with (
+        decode_server(decode_engine(step_s=0.05)) as decode,
+        router(AlwaysLocal(), decode.address, **QUICK) as front,
+        channel(front.address) as opened,
+    ):
+        call = generation_pb2_grpc.GenerationStub(opened).Generate(again(prompt_of(70), 100), timeout=20)
+        next(call), next(call)
+        call.cancel()
+        eventually(lambda: generation_status(front.address).streams == 0)
+        cancel(front.address, "mine")
+        error = error_of(front.address, again(prompt_of(70), 100, decode.address))
+        assert error.code() is grpc.StatusCode.CANCELLED and is_final(error)
+        assert generate(front.address, again(prompt_of(70), 3)).tokens == greedy(prompt_of(70), 3), "his id is free again"
+
+
+def test_a_server_that_ends_cancels_nothing_by_its_id():
+    async def run():
+        held, message = HeldRequests(5.0), generation_pb2.GenerateRequest(request_id="x")
+
+        async def write(event):
+            pass
+
+        async def work(emit):
+            await asyncio.sleep(60)
+
+        first = asyncio.create_task(held.attend(message, write, work))
+        await asyncio.sleep(0.05)
+        await held.close()
+        with pytest.raises(CutShort):
+            await first
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stands_by_still_has_its_requests():
+    """Whoever came back was served by the other one, from his prompt."""
+    prompt = prompt_of(70)
+    with (
+        decode_server(decode_engine(step_s=0.05)) as one,
+        decode_server(decode_engine(step_s=0.05)) as two,
+        router(AlwaysLocal(), f"{one.address},{two.address}", **QUICK) as front,
+        channel(front.address) as opened,
+    ):
+        call = generation_pb2_grpc.GenerationStub(opened).Generate(again(prompt, 40), timeout=20)
+        placed, _ = next(call).placed, next(call)
+        call.cancel()
+        server = one if placed.decode_address == one.address else two
+        server.stand_by(True)
+        eventually(lambda: any(not b.healthy for b in generation_status(front.address).backends), what="it is seen")
+        answer = generate(front.address, again(prompt, 40, placed.decode_address))
+        assert answer.tokens == greedy(prompt, 40) and answer.usage.decode_address == server.address and answer.usage.attempts == 1
 
 
 def test_a_cancelled_request_leaves_no_timer_for_the_next_one_of_its_id():

@@ -21,6 +21,7 @@ from serving_fixtures import (
 
 from prfaas_jax.errors import EngineFailed, InvalidInput
 from prfaas_jax.scheduling.policies import AlwaysLocal, AlwaysRemote
+from prfaas_jax.scheduling.view import NoDecodeServer
 from prfaas_jax.serving.breaker import Breaker, BreakerOptions
 from prfaas_jax.serving.decode_server import DecodeServerOptions
 from prfaas_jax.serving.deployment import ClusterServers
@@ -78,7 +79,7 @@ def test_a_trial_that_says_nothing_of_the_server_frees_its_place(code, allowed):
     made = dispatcher(AlwaysRemote())
     way = made.way("home", made.fleet.get("prefill", FAR))
     for _ in range(3):
-        way.failed(time.monotonic() - 5)
+        way.failed(time.monotonic() - 5, time.monotonic() - 5)
     assert way.state(time.monotonic()) == "half-open"
     dispatch = made.decide(asked())
     dispatch.begin()
@@ -88,17 +89,115 @@ def test_a_trial_that_says_nothing_of_the_server_frees_its_place(code, allowed):
     assert way.allows(time.monotonic()) is allowed
 
 
+def first(dispatch, address: str, *failures: str) -> None:
+    """The first token comes, of a prompt that this server computed after those had failed to."""
+    prefilled = generation_pb2.Prefilled(
+        prefill_address=address,
+        failures=[generation_pb2.Failure(address=a, code="UNAVAILABLE") for a in failures],
+        account=dispatch._account,
+    )
+    dispatch.first_token(generation_pb2.TokenOut(prefilled=prefilled))
+
+
+def test_a_way_is_judged_when_the_first_token_comes_and_not_when_the_last_one_does():
+    """Outputs of a minute told of a link as it had been: requests went into a dead one, and none into one that was well again."""
+    made = dispatcher(AlwaysRemote())
+    way = made.way("home", made.fleet.get("prefill", FAR))
+    long = [made.decide(asked()) for _ in range(5)]
+    for dispatch in long:
+        dispatch.begin()
+    for dispatch in long[:2]:
+        first(dispatch, FAR)
+    for dispatch in long[2:]:
+        first(dispatch, "", FAR)  # the link broke, and they were prefilled at home
+    assert way.state(time.monotonic()) == "open"
+    usage = generation_pb2.Usage(placement="remote", prefill_address=FAR)
+    for dispatch in long[:2]:
+        dispatch.account(usage)
+        dispatch.end()
+    assert way.state(time.monotonic()) == "open", "what ends now was prefilled before"
+    time.sleep(1.05)
+    trial = made.decide(asked())
+    trial.begin()
+    assert trial._prefill is not None and not way.allows(time.monotonic())
+    first(trial, FAR)
+    assert way.state(time.monotonic()) == "closed", "and still it decodes"
+    for dispatch in long[2:]:
+        dispatch.end()
+    assert way.state(time.monotonic()) == "closed"
+
+
+def test_a_decode_server_that_answers_again_gets_more_before_its_trial_has_ended():
+    made = dispatcher(AlwaysLocal())
+    server = made.fleet.get("decode", HOME)
+    for _ in range(3):
+        server.breaker.failed(time.monotonic() - 5, time.monotonic() - 5)
+    made.live.unsettled()
+    trial = made.decide(asked())
+    trial.begin()
+    with pytest.raises(NoDecodeServer):
+        made.decide(asked())
+    trial.first_token(generation_pb2.TokenOut())
+    made.decide(asked())
+    trial.sick()
+    trial.end()
+    with pytest.raises(NoDecodeServer):
+        made.decide(asked())
+
+
+def test_coming_back_to_a_request_tries_nothing():
+    """It took the place of the trial for half a minute."""
+    made = dispatcher(AlwaysLocal())
+    server = made.fleet.get("decode", HOME)
+    for _ in range(3):
+        server.breaker.failed(time.monotonic() - 5, time.monotonic() - 5)
+    message = asked()
+    message.held_by = HOME
+    made.attach(message).begin()
+    assert server.breaker.allows(time.monotonic())
+
+
+def test_a_breaker_that_nobody_tries_costs_decisions_nothing(monkeypatch):
+    """As long as one was half-open, every decision wrote the whole view anew."""
+    made = dispatcher(AlwaysLocal())
+    way = made.way("home", made.fleet.get("prefill", FAR))
+    for _ in range(3):
+        way.failed(time.monotonic() - 0.9, time.monotonic() - 0.9)
+    made.live.unsettled()
+    made.decide(asked())
+    assert not made.live.at(made.live.now).prefill.healthy[0]
+    time.sleep(0.15)
+    assert made.live.at(made.live.now).prefill.healthy[0], "it may be tried"
+    written = []
+    monkeypatch.setattr(made.live, "_write", lambda name, now: written.append(name))
+    for _ in range(5):
+        made.decide(asked())
+    assert way.state(time.monotonic()) == "half-open" and not written
+
+
+def test_a_shadow_that_fails_changes_nothing():
+    class Fails(AlwaysLocal):
+        def place(self, request, view, now):
+            raise ZeroDivisionError
+
+    made = dispatcher(AlwaysLocal(), rollout=Rollout(shadow=Fails(), name="fails"))
+    made.decide(asked())
+    made.decide(asked(), again=True)
+    made.report(status := generation_pb2.GenerationStatus())
+    assert status.decisions == {"local: always_local": 2, "shadow failed": 1}, "it is asked once for a request"
+
+
 def test_the_end_of_an_old_request_does_not_free_the_place_of_a_trial():
     breaker = Breaker(BreakerOptions(1, 1.0))
     assert not breaker.sent(0.0), "it is closed: nobody tries"
-    breaker.failed(1.0)
+    breaker.failed(1.0, 0.0)
     assert breaker.sent(2.5) and not breaker.allows(2.6)
 
 
 def test_breakers_go_with_their_servers():
     made = dispatcher(AlwaysRemote())
     for _ in range(3):
-        made.way("home", made.fleet.get("prefill", FAR)).failed(time.monotonic())
+        made.way("home", made.fleet.get("prefill", FAR)).failed(time.monotonic(), time.monotonic())
     made.live.unsettled()
     del made.fleet._servers["prefill", FAR]
     made.live.at(made.live.now)
@@ -132,7 +231,7 @@ def test_a_region_whose_servers_are_full_is_not_named_again():
 
 
 def test_a_decode_server_that_answers_and_fails_is_left_alone():
-    """It is the least busy of all, so it got everything."""
+    """It is the least busy of all, so it got everything. What it fails to do another one does, until its breaker opens."""
     sick = decode_engine()
 
     def fail(job, sink):
@@ -149,10 +248,24 @@ def test_a_decode_server_that_answers_and_fails_is_left_alone():
             lambda: {b.address: b.engine.running for b in generation_status(front.address).backends} == {one.address: 0, two.address: 1}
         )
         sick.reserve = fail
-        failed = [error_of(front.address, request(prompt_of(5), 2)).code() for _ in range(3)]
-        assert failed == [grpc.StatusCode.INTERNAL] * 3
-        assert [generate(front.address, request(prompt_of(5), 2)).usage.decode_address for _ in range(3)] == [two.address] * 3
+        done = [generate(front.address, request(prompt_of(5), 2)).usage for _ in range(6)]
+        assert [u.decode_address for u in done] == [two.address] * 6 and [u.attempts for u in done] == [2, 2, 2, 1, 1, 1]
         busy.result(20)
+
+
+def test_a_request_that_makes_servers_fail_is_tried_on_two_of_them():
+    def fail(job, sink):
+        raise EngineFailed("sick of it")
+
+    engines = [decode_engine() for _ in range(3)]
+    for engine in engines:
+        engine.reserve = fail
+    with decode_server(engines[0]) as one, decode_server(engines[1]) as two, decode_server(engines[2]) as three:
+        servers = [one.address, two.address, three.address]
+        with router(AlwaysLocal(), ",".join(servers), max_attempts=3, **QUICK) as front:
+            error = error_of(front.address, request(prompt_of(5), 2))
+        assert error.code() is grpc.StatusCode.INTERNAL and "sick of it" in error.details()
+        assert sum(generation_status(address).failed["INTERNAL"] for address in servers) == 2
 
 
 def test_a_request_that_waits_sees_a_breaker_let_go():
@@ -160,7 +273,7 @@ def test_a_request_that_waits_sees_a_breaker_let_go():
         decode_server() as decode,
         router(AlwaysLocal(), decode.address, breaker_failures=1, breaker_open_s=0.3, park_s=20.0, **QUICK) as front,
     ):
-        front._dispatcher.fleet.get("decode", decode.address).breaker.failed(time.monotonic())
+        front._dispatcher.fleet.get("decode", decode.address).breaker.failed(time.monotonic(), time.monotonic())
         front._dispatcher.live.unsettled()
         began = time.monotonic()
         generate(front.address, request(prompt_of(5), 2), timeout=30.0)

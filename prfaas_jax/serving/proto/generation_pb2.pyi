@@ -119,12 +119,24 @@ class Placed(_message.Message):
     def __init__(self, decode_address: _Optional[str] = ..., prefill_cluster: _Optional[str] = ..., reason: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class TokenOut(_message.Message):
-    __slots__ = ("token", "text")
+    __slots__ = ("token", "text", "prefilled")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
     token: _common_pb2.Token
     text: str
-    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+    prefilled: Prefilled
+    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ...) -> None: ...
+
+class Prefilled(_message.Message):
+    __slots__ = ("prefill_address", "failures", "account")
+    PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    prefill_address: str
+    failures: _containers.RepeatedCompositeFieldContainer[Failure]
+    account: str
+    def __init__(self, prefill_address: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., account: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures", "clock_error_s", "account")
