@@ -1,5 +1,6 @@
 """Generate end to end, in process: local, remote, and an account that adds up."""
 
+import contextlib
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ from serving_fixtures import (
     idle,
     prefill_engine,
     prefill_server,
+    prefill_status,
     prompt_of,
     request,
 )
@@ -69,6 +71,25 @@ def test_a_decode_server_says_what_is_still_to_come_over_a_link():
     assert (after.pending, after.pending_bytes) == (0, 0.0)
     coming = [nbytes for address, count, nbytes in seen if (address, count) == (prefill.address, 1)]
     assert coming[0] == whole and coming == sorted(coming, reverse=True) and any(0 < nbytes < 0.6 * whole for nbytes in coming)
+
+
+def test_nothing_is_to_come_any_more_while_a_fallback_waits_for_pages():
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        decode = stack.enter_context(decode_server(decode_engine(pages=20, step_s=0.05)))
+        with prefill_server(prefill_engine(tokens_per_s=1.0)) as prefill:
+            # 20 pages of 16 tokens: each of the two holds them all.
+            falls_back = pool.submit(generate, decode.address, request(prompt_of(300), 5, prefill.address, allow_fallback=True))
+            eventually(lambda: prefill_status(prefill.address).engine.running == 1)
+            (link,) = generation_status(decode.address).links
+            assert (link.pending, link.pending_bytes) == (1, SPEC.bytes(300))
+            other = pool.submit(generate, decode.address, request(prompt_of(10), 60))
+            eventually(lambda: generation_status(decode.address).engine.waiting == 1)
+        eventually(lambda: generation_status(decode.address).engine.tokens_decoded > 2, what="the other one has its pages")
+        assert generation_status(decode.address).engine.waiting == 1
+        assert not any(link.pending for link in generation_status(decode.address).links)
+        assert other.result(20).usage.output_tokens == 60
+        usage = falls_back.result(20).usage
+        assert (usage.placement, usage.fallbacks) == ("local", 1) and falls_back.result().tokens == greedy(prompt_of(300), 5)
 
 
 @pytest.mark.smoke
