@@ -122,8 +122,9 @@ def server_families(status: prefill_pb2.PrefillStatus | generation_pb2.Generatio
 
 
 def link_families(links: Iterable[generation_pb2.Link]) -> Iterator[Metric]:
-    """The links from prefill servers as they are measured now."""
+    """The links from prefill servers as they are measured now, those that are; and what is to come over each."""
     rows = {(link.prefill_address,): link for link in list(links)[:MAX_VALUES]}
+    measured = {labels: link for labels, link in rows.items() if link.bytes_per_s or link.rtt_s}
     for make, name, field, about in (
         (gauge, "link_bytes_per_second", "bytes_per_s", "What the link carries when it is given all that it takes."),
         (gauge, "link_goodput_bytes_per_second", "goodput_bytes_per_s", "What came over it during the last second."),
@@ -133,7 +134,12 @@ def link_families(links: Iterable[generation_pb2.Link]) -> Iterator[Metric]:
         (counter, "link_stalls", "stalls", "Pauses in the middle of a backlog."),
         (counter, "link_stalled_seconds", "stalled_s", "Seconds of those pauses."),
     ):
-        yield make(name, about, {labels: getattr(link, field) for labels, link in rows.items()}, ("prefill_address",))
+        yield make(name, about, {labels: getattr(link, field) for labels, link in measured.items()}, ("prefill_address",))
+    for name, field, about in (
+        ("link_requests_pending", "pending", "Requests whose KV is to come."),
+        ("link_bytes_pending", "pending_bytes", "Bytes of KV that are to come."),
+    ):
+        yield gauge(name, about, {labels: getattr(link, field) for labels, link in rows.items()}, ("prefill_address",))
 
 
 def backend_families(backends: Iterable[generation_pb2.Backend]) -> Iterator[Metric]:

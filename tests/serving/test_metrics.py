@@ -116,7 +116,10 @@ def test_a_routers_status_becomes_gauges_by_server():
             generation_pb2.Backend(role="prefill", cluster="far", address="10.0.0.2:1", healthy=False, breaker="open"),
             generation_pb2.Backend(role="decode", cluster="near", address="10.0.0.3:1", healthy=True, breaker="closed"),
         ],
-        links=[generation_pb2.Link(prefill_address="10.0.0.1:1", bytes_per_s=1e9, rtt_s=0.02, stalls=7, stalled_s=1.5)],
+        links=[
+            generation_pb2.Link(prefill_address="10.0.0.1:1", bytes_per_s=1e9, rtt_s=0.02, stalls=7, stalled_s=1.5),
+            generation_pb2.Link(prefill_address="10.0.0.2:1", pending=2, pending_bytes=3e6),
+        ],
     )
     metrics = RouterMetrics(lambda: status, "", NONE)
     metrics.decided(3e-5, "threshold: 700 > 512 tokens")
@@ -132,6 +135,9 @@ def test_a_routers_status_becomes_gauges_by_server():
     link = {"prefill_address": "10.0.0.1:1"}
     assert (found("link_bytes_per_second", **link), found("link_rtt_seconds", **link)) == (1e9, 0.02)
     assert (found("link_stalls_total", **link), found("link_stalled_seconds_total", **link)) == (7, 1.5)
+    assert found.labels("link_bytes_per_second") == [link], "the other one was never measured"
+    assert [found("link_requests_pending", prefill_address=a) for _, _, a in FAR_AND_NEAR[:2]] == [0, 2]
+    assert found("link_bytes_pending", prefill_address="10.0.0.2:1") == 3e6
     assert found("router_decision_seconds_count", reason="threshold") == 2
     assert found("router_decision_seconds_bucket", reason="threshold", le="5e-05") == 1
     assert not found.labels("kv_pages")  # it has no engine
@@ -145,7 +151,7 @@ def test_labels_have_few_values_whatever_others_send():
     status = generation_pb2.GenerationStatus(
         served={f"remote: reason{i}: {i} tokens": 1 for i in many},
         decisions={f"reason{i}": 1 for i in many},
-        links=[generation_pb2.Link(prefill_address=f"10.0.0.1:{i}") for i in many],
+        links=[generation_pb2.Link(prefill_address=f"10.0.0.1:{i}", rtt_s=0.01) for i in many],
     )
     metrics = RouterMetrics(lambda: status, "", NONE)
     for i in many:
