@@ -222,6 +222,7 @@ def cut(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     recorded = bench.recorded(offered)
     arrived = [a.time_s for a in recorded.recorded]
     change = Cut(arrived[-1] / 3, CUT_GBPS.value, periods=CUT_PERIODS.value)
+    change.check(arrived[-1])
     best = optima(topology, live_systems.drawn_mix(recorded), change)
     found: dict[str, Any] = {}
     for name, deployment in policies(config):

@@ -83,6 +83,7 @@ class Dispatch:
         self._begun = 0.0
         # It is the one that tries the decode server, or the way to its prefill server, whose breaker is half-open.
         self._tries, self._tries_way = False, False
+        self._judged = False  # the ways that its KV came, or did not come
 
     def placed(self, attempt: int, held: generation_pb2.Placed | None = None) -> generation_pb2.GenerateEvent:
         """For the client, so that it can come back; `held` is what the decode server says of a request that it had already."""
@@ -112,14 +113,8 @@ class Dispatch:
         self._dispatcher.unbook(self.decode, self._prefill, self._account)
         self._tries = False
         self._turned(self.decode.breaker.answered(self._begun))
-        if token.prefilled.account != self._account:
-            return  # of an earlier placement, to which the request has come back
-        for failure in token.prefilled.failures:
-            self.failed(failure.address, failure.code)
-        server = dict(self._candidates).get(token.prefilled.prefill_address)
-        if server is not None:
-            self._tries_way &= server is not self._prefill
-            self._turned(self._way(server).succeeded(self._begun))
+        if token.HasField("prefilled"):
+            self._prefilled(token.prefilled)
 
     def failed(self, address: str, code: str) -> None:
         """A prefill server did not deliver."""
@@ -153,6 +148,18 @@ class Dispatch:
         self._withdraw()
         self._dispatcher.live.touch(self.decode.cluster)
 
+    def _prefilled(self, by: generation_pb2.Prefilled | generation_pb2.Usage) -> None:
+        """Who computed the prompt, and who failed to: once."""
+        if self._judged or self.attached or by.account != self._account:
+            return  # of an earlier placement, to which the request has come back
+        self._judged = True
+        for failure in by.failures:
+            self.failed(failure.address, failure.code)
+        server = dict(self._candidates).get(by.prefill_address)
+        if server is not None:
+            self._tries_way &= server is not self._prefill
+            self._turned(self._way(server).succeeded(self._begun))
+
     def _way(self, server: Server) -> Breaker:
         return self._dispatcher.way(self.decode.cluster, server)
 
@@ -173,6 +180,7 @@ class Dispatch:
         A fallback is said, never silent, and so is another server that went on: else InvalidRun.
         """
         self._turned(self.decode.breaker.succeeded(self._begun))
+        self._prefilled(usage)  # its first token is not sent again to whoever has it from another server
         usage.decode_address = self.decode.address
         server = dict(self._candidates).get(usage.prefill_address)
         if self.attached or (usage.account and usage.account != self._account):

@@ -327,6 +327,7 @@ class Generation:
             tokens_recomputed=self.fallback.tokens if self.fallback else self._counters.recomputed_tokens + self._recomputed_there,
             resumes=self._resumes,
             failures=self._failures,
+            events_before=self._request.events_received,
             account=placement.account,
             prefill_cluster=placement.prefill_cluster if remote is not None else placement.decode_cluster,
             decode_cluster=placement.decode_cluster,

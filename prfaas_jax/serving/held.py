@@ -73,9 +73,10 @@ class HeldRequests:
             raise InvalidInput("want_logits", True, "false for a request with an id: logits are not kept for a caller to come back to")
         held, whose = self._all.get(request.request_id), (request.tenant, _digest(request))
         if held is None:
+            returns = bool(request.held_by or request.events_received or request.placement.again)
+            if returns and self._cancelled.get(request.request_id, 0.0) > time.monotonic():
+                raise RequestCancelled(f"request {request.request_id} was cancelled")
             if request.held_by:
-                if self._cancelled.get(request.request_id, 0.0) > time.monotonic():
-                    raise RequestCancelled(f"request {request.request_id} was cancelled")
                 raise UnknownRequest(f"request {request.request_id} is not held here, or not any more")
             held = self._all[request.request_id] = _Held(whose, request.placement)
             held.task = asyncio.create_task(self._run(held, run))

@@ -129,6 +129,15 @@ class GenerationMetrics(ServerMetrics):
 
     def observe(self, usage: generation_pb2.Usage) -> None:
         """Takes a finished request into account: once for each, on the server's loop."""
+        if not usage.events_before:
+            self._observe_latencies(usage)
+        for name, (field, _) in _TOTALS.items():
+            self._totals[name] += getattr(usage, field)
+        families.bounded(self._finished, (usage.finish_reason,), lambda: [0])[0] += 1
+        if usage.placement == "remote":
+            families.bounded(self._link_bytes, (usage.prefill_address,), lambda: [0])[0] += usage.kv_bytes_wire
+
+    def _observe_latencies(self, usage: generation_pb2.Usage) -> None:
         itl, parts = list(usage.itl_s), usage.parts
         decode_s = sum(itl)
         for name, seconds in (
@@ -142,11 +151,6 @@ class GenerationMetrics(ServerMetrics):
             self._latencies[name].observe(seconds)
         for (part,), histogram in self._parts.items():
             histogram.observe((getattr(parts, part),))
-        for name, (field, _) in _TOTALS.items():
-            self._totals[name] += getattr(usage, field)
-        families.bounded(self._finished, (usage.finish_reason,), lambda: [0])[0] += 1
-        if usage.placement == "remote":
-            families.bounded(self._link_bytes, (usage.prefill_address,), lambda: [0])[0] += usage.kv_bytes_wire
 
     def _families(self, status: generation_pb2.GenerationStatus) -> Iterator[Metric]:
         # A router has no engine of its own.
@@ -157,7 +161,8 @@ class GenerationMetrics(ServerMetrics):
         yield families.counter("request_failures", "Requests that ended with an error.", families.by_kind(status.failed, 1), ("code",))
         yield families.counter("fallbacks", "Remote prefills that were replaced by a local one.", status.fallbacks)
         yield families.counter("conversions", "Instances that a router's controller told to change their role.", status.conversions)
-        yield families.counter("decisions", "What a router decided.", families.by_kind(status.decisions, 1), ("reason",))
+        decisions = families.by_kind(status.decisions, 2)
+        yield families.counter("decisions", "What a router decided, and its shadow.", decisions, ("placement", "reason"))
         yield from families.link_families(status.links)
         yield from families.backend_families(status.backends)
         yield from families.way_families(status.ways)

@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from prfaas_jax.serving.proto import generation_pb2
 
 _COUNTS = ("prompt_tokens", "output_tokens", "fallbacks", "tokens_recomputed")
-_BYTES = ("kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected")
+_BYTES = ("kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "kv_bytes_wire")
 PARTS = tuple(field.name for field in generation_pb2.TtftParts.DESCRIPTOR.fields)
 
 

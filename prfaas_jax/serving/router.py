@@ -207,8 +207,10 @@ class Router(GenerationFront, fleet_pb2_grpc.FleetServicer):
     ) -> generation_pb2.Usage:
         """Sends the request to one decode server after the other, until one has done it."""
         full: dict[str, grpc.RpcError] = {}  # what servers without room, or that are ill, said
-        most = self._options.max_attempts + bool(request.held_by)  # to come back is not one of them
+        returns = bool(request.held_by)
+        most = self._options.max_attempts + returns  # to come back is not one of them
         for attempt in range(1, most + 1):
+            request.placement.again = returns or attempt > 1
             dispatch = self._dispatcher.attach(request) if request.held_by else None
             if dispatch is None:
                 request.held_by = ""  # whoever takes it now is not to look for it

@@ -10,6 +10,8 @@ from prfaas_jax.errors import Exhausted, InvalidInput
 from prfaas_jax.scheduling.view import ClusterView, Placement, Servers
 from prfaas_jax.serving.deployment import Tenant
 
+# Calls for one request: of whoever comes back, the one before may not have been noticed to have ended.
+_CALLS = 2
 # A tenant that the deployment does not name.
 ANYBODY = Tenant()
 
@@ -34,6 +36,8 @@ class Tenancy:
         running, key = self._running.setdefault(name, collections.Counter()), request_id or object()
         if most is not None and key not in running and len(running) >= most:
             raise Exhausted(f"tenant {name} has {len(running)} requests running (max_running={most})")
+        if most is not None and running[key] >= _CALLS:
+            raise Exhausted(f"tenant {name} has {running[key]} calls for request {request_id} already")
         running[key] += 1
         try:
             yield

@@ -34,6 +34,12 @@ class Cut:
             if not 0 < getattr(self, field) < math.inf:
                 raise InvalidInput(f"cut.{field}", getattr(self, field), "a finite number above zero")
 
+    def check(self, until_s: float) -> None:
+        """Raises InvalidInput unless there is a control period between when a system must have adapted and the last arrival."""
+        if until_s < self.settled_s + self.control_s:
+            what = f"arrivals for {self.settled_s + self.control_s:.0f} s of the model: more of them, or fewer --cut_periods"
+            raise InvalidInput("config.requests", f"{until_s:.0f} s of arrivals", what)
+
     @property
     def settled_s(self) -> float:
         """From when on a system must have adapted."""

@@ -51,6 +51,8 @@ class Launch:
             # A process with two services has flags for each.
             prefix = "decode_" if role == "decode" and role in said else ""
             self.flags[f"{prefix}address"] = service["address"]
+            if service.get("metrics_address"):
+                self.flags[f"{prefix}metrics_address"] = service["metrics_address"]
             if role == "prefill":
                 self.flags["lane_address"] = service["lane_addresses"][0]
 

@@ -110,7 +110,7 @@ def test_a_routers_status_becomes_gauges_by_server():
         failed={"UNAVAILABLE": 2},
         conversions=3,
         ways=[generation_pb2.Way(region="near", prefill_address="10.0.0.1:1", breaker="open")],
-        decisions={"threshold: 700 > 512 tokens": 4, "threshold: 9 > 8 tokens": 1, "shadow": 5},
+        decisions={"remote: threshold": 4, "local: canary": 1, "shadow remote: least_ttft": 5, "shadow failed": 2},
         backends=[
             generation_pb2.Backend(role="prefill", cluster="far", address="10.0.0.1:1", healthy=True, breaker="half-open"),
             generation_pb2.Backend(role="prefill", cluster="far", address="10.0.0.2:1", healthy=False, breaker="open"),
@@ -128,7 +128,10 @@ def test_a_routers_status_becomes_gauges_by_server():
     assert found("requests_total", placement="remote", reason="threshold") == 3
     assert found("conversions_total") == 3
     assert found("way_breaker_state", region="near", prefill_address="10.0.0.1:1") == 2
-    assert found("decisions_total", reason="threshold") == found("decisions_total", reason="shadow") == 5
+    assert found("decisions_total", placement="remote", reason="threshold") == 4
+    assert found("decisions_total", placement="local", reason="canary") == 1
+    assert found("decisions_total", placement="shadow remote", reason="least_ttft") == 5
+    assert found("decisions_total", placement="shadow failed", reason="") == 2
     assert [found("breaker_state", role=r, cluster=c, address=a) for r, c, a in FAR_AND_NEAR] == [1, 2, 0]
     assert [found("backend_healthy", role=r, cluster=c, address=a) for r, c, a in FAR_AND_NEAR] == [1, 0, 1]
     assert found("backends_healthy", role="prefill") == found("backends_healthy", role="decode") == 1
@@ -143,6 +146,16 @@ def test_a_routers_status_becomes_gauges_by_server():
     assert not found.labels("kv_pages")  # it has no engine
 
 
+def test_what_is_done_again_is_no_latency():
+    """A request whose decode server died after a minute had its first token long before the second one drew it again."""
+    metrics = GenerationMetrics(generation_pb2.GenerationStatus, "", NONE)
+    metrics.observe(generation_pb2.Usage(ttft_s=61.0, itl_s=[0.1], output_tokens=2, finish_reason="length", events_before=1))
+    metrics.observe(generation_pb2.Usage(ttft_s=1.0, itl_s=[0.1], output_tokens=2, finish_reason="length"))
+    found = samples_of(metrics)
+    assert found("time_to_first_token_seconds_sum") == 1.0 and found("inter_token_latency_seconds_count") == 1
+    assert found("ttft_part_seconds_count", part="route") == 1 and found("generation_tokens_total") == 4
+
+
 FAR_AND_NEAR = (("prefill", "far", "10.0.0.1:1"), ("prefill", "far", "10.0.0.2:1"), ("decode", "near", "10.0.0.3:1"))
 
 
@@ -150,7 +163,7 @@ def test_labels_have_few_values_whatever_others_send():
     many = range(3 * MAX_VALUES)
     status = generation_pb2.GenerationStatus(
         served={f"remote: reason{i}: {i} tokens": 1 for i in many},
-        decisions={f"reason{i}": 1 for i in many},
+        decisions={f"remote: reason{i}": 1 for i in many},
         links=[generation_pb2.Link(prefill_address=f"10.0.0.1:{i}", rtt_s=0.01) for i in many],
     )
     metrics = RouterMetrics(lambda: status, "", NONE)
@@ -162,7 +175,8 @@ def test_labels_have_few_values_whatever_others_send():
     found = samples_of(metrics)
     for name in ("requests_total", "decisions_total", "link_rtt_seconds", "link_bytes_total", "request_success_total"):
         assert MAX_VALUES <= len(found.labels(name)) <= MAX_VALUES + 1
-    assert found("decisions_total", reason=OTHER) == found("link_bytes_total", prefill_address=OTHER) == 2 * MAX_VALUES
+    assert found("decisions_total", placement=OTHER, reason=OTHER) == 2 * MAX_VALUES
+    assert found("link_bytes_total", prefill_address=OTHER) == 2 * MAX_VALUES
     assert found("router_decision_seconds_count", reason=OTHER) == 2 * MAX_VALUES
     names = {label for sample in found.all for label in sample.labels}
     assert names == {"placement", "reason", "prefill_address", "finished_reason", "part", "le"}

@@ -3,7 +3,7 @@
 import pytest
 
 from prfaas_jax.serving.proto import generation_pb2
-from prfaas_jax.serving.report import tokens_per_s, usages_table
+from prfaas_jax.serving.report import tokens_per_s, usage_dict, usages_table
 
 PARTS = generation_pb2.TtftParts(route=0.01, queue=0.02, prefill=0.5, exposed_transfer=0.1, admit=0.003, first_step=0.007)
 REMOTE = generation_pb2.Usage(
@@ -30,6 +30,11 @@ def test_requests_stand_side_by_side_with_their_figures():
     assert "640.0 ms" in rows["TTFT"][0][1] and "100.0 ms" in rows["TTFT"][1]
     assert rows["placement"][1] == "local"
     assert rows["tokens/s"][1] == rows["ITL p50 / p99"][1] == "one token only"
+
+
+def test_numbers_are_numbers():
+    fields = usage_dict(REMOTE)
+    assert all(isinstance(fields[name], int) for name in fields if name.startswith("kv_bytes_")) and fields["itl_p50_s"] == 0.1
 
 
 def test_decoding_rate_leaves_the_first_token_out():

@@ -180,6 +180,24 @@ def test_whoever_comes_back_to_a_request_that_was_cancelled_meanwhile_is_told_so
         assert generate(front.address, again(prompt_of(70), 3)).tokens == greedy(prompt_of(70), 3), "his id is free again"
 
 
+@pytest.mark.parametrize("returns", [{"events_received": 3}, {"placement": generation_pb2.Placement(again=True)}])
+def test_a_cancelled_request_does_not_start_again_where_it_has_never_been(returns):
+    """Its decode server is lost as well, and its router looks for another one."""
+
+    async def run():
+        held = HeldRequests(5.0)
+
+        async def never(*_):
+            raise AssertionError("it runs")
+
+        held.cancel("x")
+        with pytest.raises(RequestCancelled):
+            await held.attend(generation_pb2.GenerateRequest(request_id="x", **returns), never, never)
+        assert not len(held)
+
+    asyncio.run(run())
+
+
 def test_a_server_that_ends_cancels_nothing_by_its_id():
     async def run():
         held, message = HeldRequests(5.0), generation_pb2.GenerateRequest(request_id="x")

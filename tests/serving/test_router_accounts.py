@@ -127,6 +127,27 @@ def test_a_way_is_judged_when_the_first_token_comes_and_not_when_the_last_one_do
     assert way.state(time.monotonic()) == "closed"
 
 
+def test_a_way_is_judged_by_the_usage_where_the_first_token_is_not_sent_again():
+    """Who moves to another decode server has the first tokens already."""
+    made = dispatcher(AlwaysRemote())
+    way = made.way("home", made.fleet.get("prefill", FAR))
+    failure = generation_pb2.Failure(address=FAR, code="UNAVAILABLE")
+    for _ in range(3):
+        dispatch = made.decide(asked())
+        dispatch.begin()
+        dispatch.first_token(generation_pb2.TokenOut())
+        dispatch.account(generation_pb2.Usage(placement="local", fallbacks=1, failures=[failure], account=dispatch._account))
+        dispatch.end()
+    assert way.state(time.monotonic()) == "open"
+    time.sleep(1.05)
+    trial = made.decide(asked())
+    trial.begin()
+    trial.first_token(generation_pb2.TokenOut())
+    trial.account(generation_pb2.Usage(placement="remote", prefill_address=FAR, account=trial._account))
+    trial.end()
+    assert way.state(time.monotonic()) == "closed"
+
+
 def test_a_decode_server_that_answers_again_gets_more_before_its_trial_has_ended():
     made = dispatcher(AlwaysLocal())
     server = made.fleet.get("decode", HOME)

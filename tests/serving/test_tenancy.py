@@ -127,8 +127,10 @@ def test_a_quota_counts_what_runs(steps):
 def test_a_request_that_comes_back_is_one_of_its_tenants_still():
     tenancy = Tenancy({"busy": Tenant(1)})
     with tenancy.running("busy", "mine"):
-        with tenancy.running("busy", "mine"):
-            pass
+        # Or one id would be a way around the quota, as many calls as there are servers.
+        third = pytest.raises(Exhausted, match="calls for request mine")
+        with tenancy.running("busy", "mine"), third, tenancy.running("busy", "mine"):
+            raise AssertionError("let in")
         with pytest.raises(Exhausted), tenancy.running("busy", "another"):
             raise AssertionError("let in")
     with tenancy.running("busy", "another"):

@@ -180,9 +180,17 @@ def test_convertible_servers_are_both_and_come_back_at_their_addresses(tmp_path)
     assert {name: launch.flags.get("role") for name, launch in launches.items()} == {"far/0": None, "home/0": "prefill", "home/1": "decode"}
     launch = launches["home/1"]
     assert launch.services == {"prefill": "home/prefill/1", "decode": "home/decode/1"}
-    launch.keep({"prefill": {"address": "127.0.0.1:2", "lane_addresses": ["127.0.0.1:3"]}, "decode": {"address": "127.0.0.1:4"}})
-    found = {name: launch.flags[name] for name in ("address", "lane_address", "decode_address", "decode_site")}
-    assert found == {"address": "127.0.0.1:2", "lane_address": "127.0.0.1:3", "decode_address": "127.0.0.1:4", "decode_site": "home"}
+    prefill = {"address": "127.0.0.1:2", "lane_addresses": ["127.0.0.1:3"], "metrics_address": ""}
+    launch.keep({"prefill": prefill, "decode": {"address": "127.0.0.1:4", "metrics_address": "127.0.0.1:5"}})
+    found = {name: launch.flags[name] for name in ("address", "lane_address", "decode_address", "decode_site", "decode_metrics_address")}
+    assert found == {
+        "address": "127.0.0.1:2",
+        "lane_address": "127.0.0.1:3",
+        "decode_address": "127.0.0.1:4",
+        "decode_site": "home",
+        "decode_metrics_address": "127.0.0.1:5",
+    }
+    assert launch.flags.get("metrics_address") != "", "there is none to come back at"
 
 
 def test_profiled_clusters_are_one_process_each(tmp_path):

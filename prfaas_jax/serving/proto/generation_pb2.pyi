@@ -79,7 +79,7 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[Chat.Message, _Mapping]]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill_address", "reason", "route_s", "alternatives", "prefill_cluster", "decode_cluster", "account")
+    __slots__ = ("prefill_address", "reason", "route_s", "alternatives", "prefill_cluster", "decode_cluster", "account", "again")
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUTE_S_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class Placement(_message.Message):
     PREFILL_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DECODE_CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     prefill_address: str
     reason: str
     route_s: float
@@ -94,7 +95,8 @@ class Placement(_message.Message):
     prefill_cluster: str
     decode_cluster: str
     account: str
-    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ..., alternatives: _Optional[_Iterable[str]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., account: _Optional[str] = ...) -> None: ...
+    again: bool
+    def __init__(self, prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., route_s: _Optional[float] = ..., alternatives: _Optional[_Iterable[str]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., account: _Optional[str] = ..., again: bool = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("token", "usage", "placed")
@@ -139,7 +141,7 @@ class Prefilled(_message.Message):
     def __init__(self, prefill_address: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., account: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures", "clock_error_s", "account")
+    __slots__ = ("placement", "prefill_address", "reason", "prompt_tokens", "output_tokens", "finish_reason", "fallbacks", "fallback_reason", "kv_bytes_moved", "kv_bytes_skipped", "kv_bytes_resent", "kv_bytes_expected", "tokens_recomputed", "parts", "ttft_s", "itl_s", "spans", "decode_address", "resumes", "kv_bytes_wire", "codec", "exposed_bound_s", "link", "prefill_cluster", "decode_cluster", "attempts", "failures", "clock_error_s", "account", "events_before")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +171,7 @@ class Usage(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     CLOCK_ERROR_S_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     placement: str
     prefill_address: str
     reason: str
@@ -198,7 +201,8 @@ class Usage(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     clock_error_s: float
     account: str
-    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., attempts: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., clock_error_s: _Optional[float] = ..., account: _Optional[str] = ...) -> None: ...
+    events_before: int
+    def __init__(self, placement: _Optional[str] = ..., prefill_address: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finish_reason: _Optional[str] = ..., fallbacks: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., kv_bytes_moved: _Optional[int] = ..., kv_bytes_skipped: _Optional[int] = ..., kv_bytes_resent: _Optional[int] = ..., kv_bytes_expected: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., parts: _Optional[_Union[TtftParts, _Mapping]] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decode_address: _Optional[str] = ..., resumes: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., codec: _Optional[str] = ..., exposed_bound_s: _Optional[float] = ..., link: _Optional[_Union[Link, _Mapping]] = ..., prefill_cluster: _Optional[str] = ..., decode_cluster: _Optional[str] = ..., attempts: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., clock_error_s: _Optional[float] = ..., account: _Optional[str] = ..., events_before: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("address", "phase", "code")
