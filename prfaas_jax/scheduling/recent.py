@@ -36,12 +36,16 @@ class RecentMix:
         return Mix.of(tokens, output, cached_pd=near, cached_prfaas=far)
 
 
+# Rates that differ for no longer are outliers: those of a link that is hardly used come in pairs, too.
+_NOTICE_S = 15.0
+
+
 class LastingRates:
     """What each link moves in the long run: the rate that it keeps, where it does, else its mean over the last `window_s`.
 
     It keeps one that it has had for `steady_s`, or, where the one before did not last for `window_s`, for twice as long as that one. So a
     change that lasts counts soon, and a link that goes up and down counts as its mean (an exponential one), as does one that is down: an
-    outage ends.
+    outage ends. What differs for less than a quarter of a minute is no change.
 
     Attributes:
         rates: (prefill, decode) -> bytes/s.
@@ -70,8 +74,8 @@ class LastingRates:
             if level.keeps(rate):
                 level.take(rate, share)
             elif level.odd_at is None:
-                level.odd_at = now  # measured rates have outliers
-            else:
+                level.odd_at = now
+            elif now - level.odd_at >= _NOTICE_S:
                 lasted = level.odd_at - level.since
                 level = _Level(level.odd_at, max(self._steady_s, 2 * lasted if lasted < self._window_s else 0.0), rate)
                 self._levels[pair] = level
