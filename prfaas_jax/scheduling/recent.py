@@ -45,7 +45,7 @@ class LastingRates:
 
     It keeps one that it has had for `steady_s`, or, where the one before did not last for `window_s`, for twice as long as that one. So a
     change that lasts counts soon, and a link that goes up and down counts as its mean (an exponential one), as does one that is down: an
-    outage ends. What differs for less than a quarter of a minute is no change.
+    outage ends. What differs for less than a quarter of a minute is no change, only no rate to rely on.
 
     Attributes:
         rates: (prefill, decode) -> bytes/s.
@@ -79,7 +79,8 @@ class LastingRates:
                 lasted = level.odd_at - level.since
                 level = _Level(level.odd_at, max(self._steady_s, 2 * lasted if lasted < self._window_s else 0.0), rate)
                 self._levels[pair] = level
-            if level.mean and now - level.since >= level.steady_s:
+            doubtful = level.odd_at is not None and level.odd_at < now  # one odd rate may be an outlier, two may be a change
+            if level.mean and now - level.since >= level.steady_s and not doubtful:
                 self.kept.add(pair)
                 self.rates[pair] = level.mean
             else:
