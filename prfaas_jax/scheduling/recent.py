@@ -12,6 +12,8 @@ from prfaas_jax.scheduling.view import ClusterView, Request
 # Requests that the mix is known by, and how few tell nothing yet.
 WINDOW = 2048
 FEWEST = 64
+# Rates that differ for no longer are outliers: those of a link that is hardly used come in pairs, too.
+_NOTICE_S = 15.0
 
 
 class RecentMix:
@@ -34,10 +36,6 @@ class RecentMix:
             return None
         tokens, output, near, far = np.array(self._rows, np.float64).T
         return Mix.of(tokens, output, cached_pd=near, cached_prfaas=far)
-
-
-# Rates that differ for no longer are outliers: those of a link that is hardly used come in pairs, too.
-_NOTICE_S = 15.0
 
 
 class LastingRates:

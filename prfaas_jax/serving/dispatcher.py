@@ -107,10 +107,8 @@ class Dispatch:
 
     def first_token(self, token: generation_pb2.TokenOut) -> None:
         """Its prompt is computed, and the KV is where it is decoded; later tokens say nothing new."""
-        if not self._computing:
+        if not self._unbook():
             return
-        self._computing = False
-        self._dispatcher.unbook(self.decode, self._prefill, self._account)
         self._tries = False
         self._turned(self.decode.breaker.answered(self._begun))
         if token.HasField("prefilled"):
@@ -138,9 +136,7 @@ class Dispatch:
 
     def end(self) -> None:
         """It is over, one way or another; once for each `begin`."""
-        if self._computing:
-            self._computing = False
-            self._dispatcher.unbook(self.decode, self._prefill, self._account)
+        self._unbook()
         self.decode.here -= 1
         if self._tries:
             self.decode.breaker.withdrawn()
@@ -159,6 +155,13 @@ class Dispatch:
         if server is not None:
             self._tries_way &= server is not self._prefill
             self._turned(self._way(server).succeeded(self._begun))
+
+    def _unbook(self) -> bool:
+        """Whether its prompt was being computed until now."""
+        computing, self._computing = self._computing, False
+        if computing:
+            self._dispatcher.unbook(self.decode, self._prefill, self._account)
+        return computing
 
     def _way(self, server: Server) -> Breaker:
         return self._dispatcher.way(self.decode.cluster, server)

@@ -226,14 +226,13 @@ class Pair:
         else:
             self.served = max(self.served, self._heap[0][0])
         if leader is not None and leader.ends <= self.served:
+            leader.active = False
             ended.append(leader)
         while self._heap and self._heap[0][0] <= self.served:
             ends, _, transfer = heapq.heappop(self._heap)
             if transfer.active and transfer.ends == ends and transfer is not leader:
-                ended.append(transfer)
                 transfer.active = False
-        for transfer in ended:
-            transfer.active = False
+                ended.append(transfer)
         self.active -= len(ended)
         self._rest()
         self._net.share(self)

@@ -1,6 +1,5 @@
 """Generate end to end, in process: local, remote, and an account that adds up."""
 
-import contextlib
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
@@ -74,8 +73,7 @@ def test_a_decode_server_says_what_is_still_to_come_over_a_link():
 
 
 def test_nothing_is_to_come_any_more_while_a_fallback_waits_for_pages():
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        decode = stack.enter_context(decode_server(decode_engine(pages=20, step_s=0.05)))
+    with decode_server(decode_engine(pages=20, step_s=0.05)) as decode, ThreadPoolExecutor(2) as pool:
         with prefill_server(prefill_engine(tokens_per_s=1.0)) as prefill:
             # 20 pages of 16 tokens: each of the two holds them all.
             falls_back = pool.submit(generate, decode.address, request(prompt_of(300), 5, prefill.address, allow_fallback=True))

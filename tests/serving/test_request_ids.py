@@ -38,6 +38,10 @@ def cancel(address: str, request_id: str) -> None:
         generation_pb2_grpc.GenerationStub(opened).Cancel(generation_pb2.CancelRequest(request_id=request_id), timeout=5)
 
 
+async def unread(event):
+    """A `Write` to nobody."""
+
+
 def again(prompt, count, held_by="", **fields):
     message = request(prompt, count, request_id="mine", **fields)
     message.held_by = held_by
@@ -202,13 +206,10 @@ def test_a_server_that_ends_cancels_nothing_by_its_id():
     async def run():
         held, message = HeldRequests(5.0), generation_pb2.GenerateRequest(request_id="x")
 
-        async def write(event):
-            pass
-
         async def work(emit):
             await asyncio.sleep(60)
 
-        first = asyncio.create_task(held.attend(message, write, work))
+        first = asyncio.create_task(held.attend(message, unread, work))
         await asyncio.sleep(0.05)
         await held.close()
         with pytest.raises(CutShort):
@@ -240,19 +241,16 @@ def test_a_cancelled_request_leaves_no_timer_for_the_next_one_of_its_id():
     async def run():
         held, message = HeldRequests(0.2), generation_pb2.GenerateRequest(request_id="x")
 
-        async def write(event):
-            pass
-
         async def work(emit):
             await asyncio.sleep(0.8)
             return generation_pb2.Usage(output_tokens=1)
 
-        first = asyncio.create_task(held.attend(message, write, work))
+        first = asyncio.create_task(held.attend(message, unread, work))
         await asyncio.sleep(0.05)
         held.cancel("x")
         with pytest.raises(RequestCancelled):
             await first
-        assert (await held.attend(message, write, work)).output_tokens == 1
+        assert (await held.attend(message, unread, work)).output_tokens == 1
         await held.close()
 
     asyncio.run(run())

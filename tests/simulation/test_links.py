@@ -41,7 +41,7 @@ class Reference:
 
     def __init__(self, capacities, windows, delays, caps, totals=None):
         """`totals`: where transfers of a pair are ordered, how much each will have released in all."""
-        self.totals, self.released, self.leaders = totals, {}, {}
+        self.totals, self.released = totals, {}
         self.capacities, self.windows, self.delays, self.caps = list(capacities), windows, delays, caps
         self.now, self.moved = 0.0, [0.0] * len(capacities)
         self.left, self.pair, self.closed, self.over = {}, {}, set(), {}
