@@ -13,7 +13,6 @@ so nothing here says how the kernel's TCP does under loss, reordering or congest
 import json
 import signal
 import sys
-import threading
 import time
 
 from absl import flags, logging
@@ -24,6 +23,7 @@ from prfaas_jax.errors import PrfaasError
 from prfaas_jax.results import Workdir
 from prfaas_jax.serving.launcher import READY
 from prfaas_jax.serving.process import run_main
+from prfaas_jax.serving.signals import EndSignals
 from prfaas_jax.testing.live_cluster import LiveCluster
 from prfaas_jax.testing.status_line import StatusLine
 
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
     workdir = Workdir(WORKDIR.value, overwrite=True)
     workdir.write_config(CONFIG.value)
     workdir.write_env()
-    stop = threading.Event()
     starting = LiveCluster(deployment, workdir.path)
     # Until all is up a signal interrupts the start; what was started so far is ended on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -55,10 +54,9 @@ def main(argv: list[str]) -> None:
     try:
         with StatusLine(starting.startup) as status, starting as live:
             status.end()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stop.set())
-            show(live)
-            watch(live, stop)
+            with EndSignals() as ends:
+                show(live)
+                watch(live, ends)
     except KeyboardInterrupt:
         print("interrupted: every process has been stopped", file=sys.stderr)
     except ProcessEnded as error:
@@ -84,15 +82,15 @@ def show(live: LiveCluster) -> None:
     print(READY + json.dumps(ready), flush=True)
 
 
-def watch(live: LiveCluster, stop: threading.Event) -> None:
+def watch(live: LiveCluster, ends: EndSignals) -> None:
     """Returns when told to stop; raises ProcessEnded for a process that ends before, unless it is to be restarted."""
     restarts: dict[str, list[float]] = {}
-    while not stop.wait(_WATCH_S):
+    while not ends.wait(_WATCH_S):
         for name in live.ended():
             process = live.processes[name]
             why = f"{name} ended with code {process.popen.returncode}; its log {process.log_path} ends with\n{process.log_tail()}"
             recent = [at for at in restarts.get(name, []) if time.monotonic() - at < _WITHIN_S]
-            if not RESTART.value or len(recent) >= _MAX_RESTARTS or stop.is_set():
+            if not RESTART.value or len(recent) >= _MAX_RESTARTS or ends.wait(0):
                 raise ProcessEnded(why)
             logging.warning("starting %s again: it ended with code %s", name, process.popen.returncode)
             restarts[name] = [*recent, time.monotonic()]

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,9 +11,9 @@ from absl import app
 
 from prfaas_jax.errors import PrfaasError
 from prfaas_jax.serving.launcher import READY, follow_parent
+from prfaas_jax.serving.signals import EndSignals
 
 BAD_INPUT_EXIT = 2
-_ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server(Protocol):
@@ -34,19 +33,22 @@ async def serve(server: Server, describe: Callable[[], dict[str, Any]], grace_s:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Not the loop's own handlers: those end with the loop, before the process does, and the next signal would kill it.
-    for number in _ENDS:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    try:
-        await server.start()
-        # What is here by now stays: collections need not walk it again and again while requests wait.
-        gc.collect()
-        gc.freeze()
-        print(READY + json.dumps(describe()), flush=True)
-        await stop.wait()
-    finally:
-        # What follows has deadlines of its own.
-        for number in _ENDS:
-            signal.signal(number, signal.SIG_IGN)
+    with EndSignals() as ends:
+
+        def told() -> None:
+            loop.remove_reader(ends)
+            stop.set()
+
+        loop.add_reader(ends, told)
+        try:
+            await server.start()
+            # What is here by now stays: collections need not walk it again and again while requests wait.
+            gc.collect()
+            gc.freeze()
+            print(READY + json.dumps(describe()), flush=True)
+            await stop.wait()
+        finally:
+            loop.remove_reader(ends)
     await server.stop(grace_s)
 
 

@@ -13,7 +13,6 @@ Each is answered with one line on stdout, in order and at once: a command acts l
 import functools
 import inspect
 import json
-import signal
 import sys
 import threading
 import typing
@@ -23,6 +22,7 @@ import msgspec
 from absl import app, flags
 
 from prfaas_jax.errors import InvalidInput
+from prfaas_jax.serving.signals import EndSignals
 from prfaas_jax.testing.relay import Relay
 
 NOTICE: Final = (
@@ -167,22 +167,20 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     flag = flags.FLAGS
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        relay = Relay(flag.target, flag.listen, flag.gbps, flag.rtt_ms, flag.jitter_ms, flag.seed)
-        apply_flags(relay, flag)
-    except InvalidInput as error:
-        raise app.UsageError(str(error)) from error
+    with EndSignals() as ends:
+        try:
+            relay = Relay(flag.target, flag.listen, flag.gbps, flag.rtt_ms, flag.jitter_ms, flag.seed)
+            apply_flags(relay, flag)
+        except InvalidInput as error:
+            raise app.UsageError(str(error)) from error
 
-    def listen() -> None:
-        serve(relay, sys.stdin.buffer)
-        if flag.until_eof:
-            stop.set()
+        def listen() -> None:
+            serve(relay, sys.stdin.buffer)
+            if flag.until_eof:
+                ends.tell()
 
-    print(NOTICE, file=sys.stderr, flush=True)
-    with relay:
-        print(json.dumps({"address": relay.address, "port": relay.port}), flush=True)
-        threading.Thread(target=listen, name="control", daemon=True).start()
-        stop.wait()
+        print(NOTICE, file=sys.stderr, flush=True)
+        with relay:
+            print(json.dumps({"address": relay.address, "port": relay.port}), flush=True)
+            threading.Thread(target=listen, name="control", daemon=True).start()
+            ends.wait()

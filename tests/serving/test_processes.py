@@ -1,6 +1,7 @@
 """Servers as real processes: killed, frozen, terminated, started on a taken port, orphaned."""
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import json
@@ -192,6 +193,15 @@ def test_signals_after_the_first_one_change_nothing(processes):
         eventually(ended, 20)
         assert call.join().answer.tokens == greedy(PROMPT, 4) and call.answer.usage.placement == "remote"
     assert prefill.popen.returncode == 0
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_signal_that_another_thread_receives_ends_an_idle_server(processes, role):
+    """As does one that comes just before the main thread goes to sleep: handlers run there, and nothing had woken it up."""
+    server = server_process(processes, role)
+    others = {thread.id for thread in psutil.Process(server.pid).threads()} - {server.pid}
+    assert ctypes.CDLL(None).tgkill(server.pid, max(others), signal.SIGTERM) == 0
+    assert server.popen.wait(10) == 0
 
 
 def test_a_port_in_use_is_named():
