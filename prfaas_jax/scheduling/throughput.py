@@ -171,7 +171,7 @@ class CaseStudy:
             cached_long, cached_short = split(mix.cached_prfaas)[0], split(mix.cached_pd)[1]
             long_s = prefill_s_of(self.prfaas.prefill, l_long - cached_long, cached_long)
             short_s = prefill_s_of(self.pd.prefill, l_short - cached_short, cached_short)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             compute = np.where(has_long, self.n_prfaas / long_s, math.inf)
             hosts = np.minimum(self.n_prfaas * self.prfaas.nic_bytes_per_s, n_d * self.pd.nic_bytes_per_s) if self.n_prfaas else math.inf
             egress_cap = np.minimum(self.b_out, hosts)
