@@ -144,20 +144,20 @@ def test_head_of_line_a_short_transfer_behind_ten_long_ones_takes_less_than_thre
 
 
 def test_a_step_of_a_real_link_is_seen():
-    with Sender(SPEC, capacity=1 << 40) as sender, Relay(sender.lane.address, gbps=0.8, rtt_ms=5) as relay:
+    with Sender(SPEC, capacity=1 << 40) as sender, Relay(sender.lane.address, gbps=0.3, rtt_ms=5) as relay:
         ticket = put_all(sender.outbox, 500 * CHUNK, memoryview(bytes(CHUNK << 10)))
         puller = pull(ticket, SPEC, 500 * CHUNK, [relay.address], lambda key, block, done: done(), lanes=2)
         (group,) = puller.groups
         time.sleep(1.5)
         before = group.estimate()
-        relay.set_link(gbps=0.08, rtt_ms=5)
+        relay.set_link(gbps=0.03, rtt_ms=5)
         stepped = time.monotonic()
         # 2 s on a machine that has a core for the relay; on a busier one the relay itself brings what it held a little later.
-        while (after := group.estimate()).bytes_per_s * 8 != pytest.approx(0.08e9, rel=0.25) and time.monotonic() < stepped + 8:
+        while (after := group.estimate()).bytes_per_s * 8 != pytest.approx(0.03e9, rel=0.25) and time.monotonic() < stepped + 8:
             time.sleep(0.05)
         puller.cancel()
-    assert before.bytes_per_s * 8 == pytest.approx(0.8e9, rel=0.25)
-    assert after.bytes_per_s * 8 == pytest.approx(0.08e9, rel=0.25)
+    assert before.bytes_per_s * 8 == pytest.approx(0.3e9, rel=0.25)
+    assert after.bytes_per_s * 8 == pytest.approx(0.03e9, rel=0.25)
     assert 0.004 < before.rtt_s < 0.1
 
 
