@@ -24,6 +24,7 @@ _LIFELINE = "PRFAAS_LIFELINE"
 _TAIL_LINES = 20
 _ORPHAN_GRACE_S = 10.0
 _KILL_S = 10.0
+_COPY_S = 2.0
 _UNREADY_GRACE_S = 2.0
 
 
@@ -87,6 +88,7 @@ class Process:
     popen: "subprocess.Popen[bytes]"
     ready: dict[str, Any] = dataclasses.field(default_factory=dict)
     answered: threading.Event = dataclasses.field(default_factory=threading.Event)
+    copied: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def pid(self) -> int:
@@ -127,7 +129,9 @@ class Process:
                 self.popen.stdin.close()
 
     def log_tail(self) -> str:
-        """The last lines of the log."""
+        """The last lines of the log; of a process that has ended, with the last one that it printed."""
+        if self.popen.poll() is not None:
+            self.copied.wait(_COPY_S)  # a grandchild may hold the pipe open
         with open(self.log_path, errors="replace") as file:
             return "".join(collections.deque(file, _TAIL_LINES))
 
@@ -170,6 +174,7 @@ def _pump(process: Process) -> None:
             if line.startswith(READY.encode()) and not process.ready:
                 process.ready = json.loads(line[len(READY) :])
                 process.answered.set()
+    process.copied.set()
     process.answered.set()
 
 

@@ -305,6 +305,13 @@ def test_launch_failures_show_the_log(tmp_path):
     assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(60)" in " ".join(p.cmdline())]
 
 
+def test_the_log_of_a_process_that_has_ended_has_its_last_line(tmp_path):
+    fills_a_pipe = "import os; print('READY {\"a\": 1}', flush=True); os.write(1, b'\\n' * 60_000 + b'last\\n'); os._exit(0)"
+    process = spawn("prints", [sys.executable, "-c", fills_a_pipe], tmp_path / "prints.log", env(), ready_s=20)
+    eventually(lambda: process.popen.poll() is not None)
+    assert process.log_tail().endswith("\nlast\n")
+
+
 def test_children_do_not_outlive_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
