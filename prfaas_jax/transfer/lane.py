@@ -80,8 +80,9 @@ class LaneServer:
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="lane-watchdog", daemon=True)
+        self._threads = futures.ThreadPoolExecutor(max_streams, thread_name_prefix="lane")
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_streams, thread_name_prefix="lane"),
+            self._threads,
             options=LANE_SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_streams,
             interceptors=server_interceptors(security),
@@ -118,6 +119,7 @@ class LaneServer:
         self._draining.set()
         done = self._server.stop(grace_s)
         done.wait(grace_s + 5.0)
+        self._threads.shutdown(wait=False)  # gRPC leaves it to the garbage collector
         self._stopping.set()
         if self._watchdog.is_alive():
             self._watchdog.join(5.0)

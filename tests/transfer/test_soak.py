@@ -98,6 +98,19 @@ def test_leaks_two_thousand_transfers_with_cancels_and_cuts():
     check_nothing_is_left(2000)
 
 
+def test_a_server_that_has_stopped_has_no_threads():
+    """Its pool had those of earlier streams for as long as anything referred to the server."""
+    before = set(threading.enumerate())
+    cache, sink = Cache(SPEC, 40), Sink(SPEC, 40)
+    with Sender(SPEC) as sender:
+        ticket, group, puller = sender.send(cache, cache.keys(8)), LaneGroup(sender.lane.address), Puller(SPEC, 40, sink)
+        puller.start(ticket.id, ticket.epoch, [group])
+        puller.finish(SPEC.bytes(40))
+        group.close()
+    wait_until(lambda: set(threading.enumerate()) <= before)
+    assert sender.lane.streams == 0
+
+
 @pytest.fixture(scope="module")
 def sender():
     with Sender(SPEC) as sender:
